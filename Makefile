@@ -1,0 +1,44 @@
+# Each target sets up .venv when it has to: python3 with venv and pip is enough (and g++ for `make test` and the rest).
+PYTHON ?= python3
+RUN := .venv/bin/python -m
+PIP := $(RUN) pip install --quiet --no-input --disable-pip-version-check --constraint constraints.txt
+# Editable, so that what is tested and searched with is the working tree.
+INSTALL := $(PIP) setuptools pybind11 ninja && $(PIP) --no-build-isolation --editable
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+
+.PHONY: search test check bench format
+
+search: .venv/.installed
+	$(RUN) bmsn.search --fast-eval
+
+test: .venv/.test
+	$(RUN) pytest
+
+check: .venv/.check
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(RUN) mypy bmsn
+	BMSN_BUILD_EXT=1 BMSN_WERROR=1 .venv/bin/python setup.py --quiet build_ext --build-temp build/check --build-lib build/check
+
+bench: .venv/.test
+	$(RUN) pytest benchmarks --benchmark-only
+
+format: .venv/.check
+	$(RUN) ruff check --fix
+	$(RUN) ruff format
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+
+.venv/.installed: $(SOURCES) | .venv/bin/python
+	$(INSTALL) .
+	touch $@
+
+.venv/.test: export BMSN_BUILD_EXT = 1
+.venv/.test: $(SOURCES) | .venv/bin/python
+	$(INSTALL) '.[test]'
+	touch .venv/.installed $@
+
+.venv/.check: .venv/.test
+	$(PIP) ruff mypy
+	touch $@

@@ -1,0 +1,44 @@
+"""bmsn: where should a CNN downsample? A balanced mixture of supernets ranks all pooling architectures.
+
+    import bmsn
+    space = bmsn.SearchSpace.named("resnet20-cifar10")
+    nets = bmsn.SupernetMixture(space, num_supernets=4, num_classes=10)
+    scores = bmsn.score_architectures(nets, images, labels)
+    result = bmsn.run_search(bmsn.SearchConfig(...), data)
+    net = bmsn.build_network(space, result.best.architecture)
+"""
+
+from bmsn.backend import backend_report
+from bmsn.config import SearchConfig
+from bmsn.data import ImageDataset, open_dataset
+from bmsn.errors import InputError, RunStopped
+from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.mixture import BalancedMixture
+from bmsn.network import SupernetMixture, build_network
+from bmsn.ops.balance import balance
+from bmsn.plan import EvaluationPlan
+from bmsn.result import SearchResult
+from bmsn.run import Interrupted, run_search
+from bmsn.space import Architecture, SearchSpace
+
+__all__ = [
+    "Architecture",
+    "BalancedMixture",
+    "EvaluationPlan",
+    "ImageDataset",
+    "InputError",
+    "Interrupted",
+    "RunStopped",
+    "Scores",
+    "SearchConfig",
+    "SearchResult",
+    "SearchSpace",
+    "SupernetMixture",
+    "backend_report",
+    "balance",
+    "build_network",
+    "open_dataset",
+    "run_search",
+    "score_architectures",
+    "score_one_by_one",
+]

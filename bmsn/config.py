@@ -1,0 +1,222 @@
+"""`SearchConfig`: every setting of a search, its presets, and how a preset's values are filled in."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bmsn.errors import InputError
+from bmsn.space import PoolKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Procedure:
+    """What a preset decides beside the fields of `SearchConfig`.
+
+    Attributes:
+        ema_decay: beta of a[c,m].
+        tol: KL(p(m) || uniform) at which balancing stops.
+        milestones: fractions of the training at which the learning rate is multiplied by `factor`; none: cosine.
+        factor: see `milestones`.
+        anneal: learning rate and 1/tau change with every step, or with every epoch.
+    """
+
+    ema_decay: float = 0.9
+    tol: float = 1e-12
+    milestones: tuple[float, ...] = ()
+    factor: float = 0.1
+    anneal: Literal["step", "epoch"] = "step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Settings of a search. A field that is None is filled in by the preset, the data set or the space.
+
+    Attributes:
+        space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
+        data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz).
+        supernets: M, number of supernets; None: 4, on synthetic data 2.
+        epochs: passes over the training half; None: a base of the data set times M.
+        preset: values for what is not given here: ours, the paper's, or those of its authors' code.
+        batch_size: images in a training batch, a validation batch and a scoring batch.
+        lr: learning rate at the start.
+        min_lr: learning rate at the end of the cosine.
+        momentum: of SGD.
+        weight_decay: of SGD, on every parameter.
+        schedule: 1/tau linear from 1 to 100 (inverse), or tau linear from 1 to 1/(100 M) (temperature).
+        balance_every: steps from one balancing to the next, or "epoch".
+        refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
+        pool: how a layer downsamples; None: as the space says.
+        device: where to compute; auto: CUDA where there is a GPU.
+        seed: of everything random.
+        fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
+        score: score each architecture with its best supernet, or all (architecture, supernet) pairs.
+        score_every: epochs from one ranking of all architectures during training to the next; 0: only at the end.
+        evaluate_top: score only the K best by a[c,m]; 0: all.
+        truth: stand-alone accuracies to compare with: "paper" or a CSV file.
+        out: run folder; None: nothing is written.
+        resume: go on with the run in `out`.
+        checkpoint_every: steps from one checkpoint to the next.
+        tensorboard: write TensorBoard events to `out`.
+    """
+
+    space: str | None = None
+    data: str = "synthetic"
+    supernets: int | None = None
+    epochs: int | None = None
+    preset: Literal["default", "paper", "authors"] = "default"
+    batch_size: int | None = None
+    lr: float | None = None
+    min_lr: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    schedule: Literal["inverse", "temperature"] | None = None
+    balance_every: int | Literal["epoch"] | None = None
+    refresh_every: int = 0
+    pool: PoolKind | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    seed: int = 0
+    fast_eval: bool = False
+    score: Literal["best", "pairs"] | None = None
+    score_every: int = 0
+    evaluate_top: int = 0
+    truth: str | None = None
+    out: Path | None = None
+    resume: bool = False
+    checkpoint_every: int = 500
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        bounds: dict[str, tuple[float, float]] = {
+            "supernets": (1, 4096),
+            "epochs": (1, 10**6),
+            "batch_size": (2, 10**6),
+            "lr": (0, 100),
+            "min_lr": (0, 100),
+            "momentum": (0, 1),
+            "weight_decay": (0, 1),
+            "refresh_every": (0, 10**9),
+            "seed": (0, 2**63 - 1),
+            "score_every": (0, 10**6),
+            "evaluate_top": (0, 10**9),
+            "checkpoint_every": (1, 10**9),
+        }
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise InputError(f"{name} must be in [{low}, {high}]; got {value}")
+        if isinstance(self.balance_every, int) and self.balance_every < 1:
+            raise InputError(f"balance_every must be at least 1 or 'epoch'; got {self.balance_every}")
+        if self.resume and self.out is None:
+            raise InputError("resume needs out: the run folder to go on with")
+        if self.tensorboard and self.out is None:
+            raise InputError("tensorboard needs out: the folder to write its events to")
+        if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
+            raise InputError(f"min_lr must be at most lr = {self.lr}; got {self.min_lr}")
+
+    def filled(self) -> SearchConfig:
+        """The same with every None replaced by what the preset, the data set and the space say (`pool` None: the space's own).
+
+        Raises:
+            InputError: no space is given and the data set has no default one.
+        """
+        synthetic = self.data.split(":")[0] == "synthetic"
+        space = self.space or ("resnet14-cifar10" if synthetic else None)
+        if space is None:
+            raise InputError(f"space must be given for data {self.data!r} (only synthetic data has a default one)")
+        preset, special = _PRESETS[self.preset], _SPECIAL.get((self.preset, space), {})
+        supernets = self.supernets or (2 if synthetic else 4)
+        epochs = _SYNTHETIC_EPOCHS * supernets if synthetic else special.get("epochs", preset.epochs)
+        if self.preset != "authors" and not synthetic:
+            epochs *= supernets
+        values = {**preset.fields, **special, "space": space, "supernets": supernets, "epochs": epochs}
+        known = {field.name for field in fields(self)}
+        return replace(self, **{k: v for k, v in values.items() if k in known and getattr(self, k) is None})
+
+    @property
+    def procedure(self) -> Procedure:
+        """The preset's part of the method that has no flag of its own."""
+        special = _SPECIAL.get((self.preset, self.space or ""), {})
+        known = {field.name for field in fields(Procedure)}
+        return replace(_PRESETS[self.preset].procedure, **{k: v for k, v in special.items() if k in known})
+
+    def as_dict(self) -> dict[str, Any]:
+        """For YAML and JSON: plain values that reproduce the run; where it is kept (`out`, `resume`) is not among them."""
+        return {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
+
+
+def config_from_mapping(values: Mapping[str, Any], source: str) -> SearchConfig:
+    """A config from what a YAML file holds. Raises InputError for an unknown key, naming the nearest known one."""
+    known = [field.name for field in fields(SearchConfig)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            raise InputError(f"{source}: key {key!r} is unknown{hint}")
+    given = dict(values)
+    if isinstance(given.get("out"), str):
+        given["out"] = Path(given["out"])
+    return SearchConfig(**given)
+
+
+def load_config(path: Path) -> SearchConfig:
+    """A config from a YAML file (`--config`, or a run's config.yaml)."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"config {path}: {error}") from error
+    if not isinstance(values, dict | None):
+        raise InputError(f"config {path}: expected a mapping of settings, got {type(values).__name__}")
+    return config_from_mapping(values or {}, f"config {path}")
+
+
+# Presets. Sources: Javan et al. 2023, section 3 and appendix ("paper"); the settings of the code released with it ("authors").
+
+_SYNTHETIC_EPOCHS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Preset:
+    epochs: int
+    fields: dict[str, Any]
+    procedure: Procedure
+
+
+_PRESETS = {
+    "default": _Preset(
+        epochs=100,
+        fields=dict(
+            batch_size=256, lr=0.1, min_lr=1e-3, momentum=0.9, weight_decay=1e-3, schedule="inverse", balance_every=1, score="best"
+        ),
+        procedure=Procedure(),
+    ),
+    "paper": _Preset(
+        epochs=100,
+        fields=dict(
+            batch_size=256, lr=0.1, min_lr=0.0, momentum=0.9, weight_decay=1e-3, schedule="temperature", balance_every=1, score="best"
+        ),
+        procedure=Procedure(tol=1e-4),
+    ),
+    "authors": _Preset(
+        epochs=101,
+        fields=dict(
+            batch_size=128, lr=0.1, min_lr=1e-3, momentum=0.9, weight_decay=0.0, schedule="inverse", balance_every="epoch", score="best"
+        ),
+        procedure=Procedure(tol=1e-4, anneal="epoch"),
+    ),
+}
+_RESNET18 = dict(epochs=400, milestones=(0.5, 0.75), factor=0.1, weight_decay=5e-3)
+_RESNET50 = dict(epochs=250, milestones=(60 / 250, 120 / 250, 160 / 250), factor=0.2)
+_SPECIAL: dict[tuple[str, str], dict[str, Any]] = {
+    ("paper", "resnet18-cifar10"): _RESNET18,
+    ("authors", "resnet18-cifar10"): _RESNET18 | dict(ema_decay=0.95),
+    ("paper", "resnet50-cifar100"): _RESNET50,
+    ("authors", "resnet50-cifar100"): _RESNET50,
+    ("authors", "resnet50-food101"): dict(weight_decay=1e-3),
+    ("authors", "resnet20-cifar10"): dict(score="pairs"),
+}

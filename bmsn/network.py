@@ -1,0 +1,242 @@
+"""The networks: `SupernetMixture`, M sets of weights shared by all architectures of a space, and `build_network`, one alone.
+
+Source: Javan et al. 2023, sections 2 and 3; He et al. 2016 for the blocks. A supernet's BatchNorm uses batch statistics
+without an affine step, in training and in scoring; a standalone network has affine BatchNorm with running statistics.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bmsn.errors import InputError
+from bmsn.ops.norm_relu import norm_add_relu, norm_relu
+from bmsn.space import Architecture, Convolution, Layer, SearchSpace
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One supernet's weights as views of its row: `stem` (large stems only), `layers[l][name]`, and the linear head in float32."""
+
+    stem: Tensor | None
+    layers: tuple[dict[str, Tensor], ...]
+    head_weight: Tensor
+    head_bias: Tensor
+
+
+class SupernetMixture(nn.Module):
+    """M supernets of one space: weight sharing between architectures within a supernet, none between supernets.
+
+    All weights are the rows of one parameter `arena` (M, P), float32: for each convolution its weights in (O, kh, kw, I) order,
+    which is a channels_last (O, I, kh, kw) tensor, then the linear head's weights and bias. Views are made on the way, so
+    `.to()`, `deepcopy`, `state_dict` and pickling cannot part them from the arena. After `loss.backward()` the gradient of
+    supernet m is `arena.grad[m]`.
+
+    `pixel_table` (256, C) float32 says what a uint8 pixel of each channel is after normalisation: [0, 1] until it is set. It is
+    data and no weight: saved with the module's state, not touched by `.to()`.
+
+    Args:
+        space: the architectures.
+        num_supernets: M, at least 1.
+        num_classes: outputs of the head, at least 2.
+        in_channels: channels of the images.
+        generator: draws the initial weights (Kaiming normal, fan-out; the head as `nn.Linear`); None: torch's default one.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_supernets: int,
+        num_classes: int,
+        in_channels: int = 3,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        for field, value, bound in (
+            ("num_supernets", num_supernets, 1),
+            ("num_classes", num_classes, 2),
+            ("in_channels", in_channels, 1),
+        ):
+            if value < bound:
+                raise InputError(f"{field} must be at least {bound}; got {value}")
+        self.space, self.num_supernets, self.num_classes, self.in_channels = space, num_supernets, num_classes, in_channels
+        self._conv_shapes = [
+            (*shape[:1], in_channels if shape[1] == 0 else shape[1], *shape[2:])
+            for shape in ([(space.stem_width, in_channels, 7, 7)] if space.stem == "large" else [])
+            + [conv.weight_shape for layer in space.layers for conv in layer.convolutions]
+        ]
+        self._sizes = [o * i * kh * kw for o, i, kh, kw in self._conv_shapes]
+        self._num_conv_weights = sum(self._sizes)
+        num_weights = self._num_conv_weights + (space.out_channels + 1) * num_classes
+        self.arena = nn.Parameter(torch.empty(num_supernets, num_weights))
+        self.pixel_table = torch.linspace(0, 1, 256)[:, None].repeat(1, in_channels)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw all weights anew, supernet by supernet."""
+        for supernet in range(self.num_supernets):
+            convs, head = self.arena[supernet].split([self._num_conv_weights, self.arena.shape[1] - self._num_conv_weights])
+            for flat, (out_channels, _, kh, kw) in zip(convs.split(self._sizes), self._conv_shapes, strict=True):
+                flat.normal_(0.0, (2.0 / (out_channels * kh * kw)) ** 0.5, generator=generator)
+            bound = self.space.out_channels**-0.5
+            head.uniform_(-bound, bound, generator=generator)
+
+    def get_extra_state(self) -> Tensor:
+        return self.pixel_table
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.pixel_table = state
+
+    def weights(self, row: Tensor, dtype: torch.dtype) -> Weights:
+        """Views of one arena row (P,): convolutions in `dtype`, the head in the wider of `dtype` and float32."""
+        convs, head = row.split([self._num_conv_weights, row.numel() - self._num_conv_weights])
+        flat = convs.to(dtype).split(self._sizes)
+        shaped = iter(
+            [w.view(o, kh, kw, i).permute(0, 3, 1, 2) for w, (o, i, kh, kw) in zip(flat, self._conv_shapes, strict=True)]
+        )
+        stem = next(shaped) if self.space.stem == "large" else None
+        layers = tuple({conv.name: next(shaped) for conv in layer.convolutions} for layer in self.space.layers)
+        matrix, bias = head.to(torch.promote_types(dtype, torch.float32)).split(
+            [self.space.out_channels * self.num_classes, self.num_classes]
+        )
+        return Weights(stem, layers, matrix.view(self.num_classes, -1), bias)
+
+    def forward(self, images: Tensor, architecture: Architecture, supernet: int) -> Tensor:
+        """Logits of one batch, which is one statistics group.
+
+        Args:
+            images: (N, C, H, W), normalised, float32, bfloat16 or float64: the dtype of the computation. N*H*W of the last map
+                is at least 2; H and W are multiples of `space.total_stride`.
+            architecture: one of the space's.
+            supernet: weight set, 0..M-1.
+        Returns:
+            (N, num_classes), float32 (float64 for float64 images).
+        Raises:
+            InputError: an architecture or supernet that is not there, or images that do not fit.
+        """
+        self.space.check(architecture)
+        if not 0 <= supernet < self.num_supernets:
+            raise InputError(f"supernet must be in 0..{self.num_supernets - 1}; got {supernet}")
+        check_images(self, images)
+        return self.forward_row(self.arena[supernet], images.contiguous(memory_format=torch.channels_last), architecture)
+
+    def forward_row(self, row: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
+        """`forward` with the weights of one row (P,), unchecked; `images` in channels_last."""
+        weights = self.weights(row, images.dtype)
+        x = images
+        if weights.stem is not None:
+            x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3)), 3, 2, 1)
+        for index, (layer, w) in enumerate(zip(self.space.layers, weights.layers, strict=True)):
+            x = _layer(x, layer, w, self.space.pool if index in architecture.pool_positions else None)
+        features = x.mean((2, 3), dtype=weights.head_weight.dtype)
+        return F.linear(features, weights.head_weight, weights.head_bias)
+
+
+def check_images(mixture: SupernetMixture, images: Tensor) -> None:
+    """Raise InputError unless `images` are (N, C, H, W) that this mixture can compute."""
+    if images.ndim != 4 or images.shape[1] != mixture.in_channels:
+        raise InputError(f"images must be (N, {mixture.in_channels}, H, W); got {tuple(images.shape)}")
+    stride = mixture.space.total_stride
+    if images.shape[2] % stride or images.shape[3] % stride or 0 in images.shape:
+        raise InputError(
+            f"images must be non-empty and their height and width multiples of the total stride {stride}; "
+            f"got {tuple(images.shape)}"
+        )
+    if images.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise InputError(f"images must be float32, bfloat16 or float64; got {images.dtype}")
+    pixels = images.shape[0] * (images.shape[2] // stride) * (images.shape[3] // stride)
+    if pixels < 2:
+        raise InputError(f"a statistics group needs at least 2 values a channel; the last map of {images.shape[0]} images has {pixels}")
+
+
+def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str | None) -> Tensor:
+    """One layer of a supernet on one statistics group; `downsample`: max, avg, stride or None."""
+    if downsample == "max":
+        x = F.max_pool2d(x, 2)
+    elif downsample == "avg":
+        x = F.avg_pool2d(x, 2)
+    strides = 2 if downsample == "stride" else 1
+    y = x
+    for conv in layer.main:
+        if conv is not layer.main[0]:
+            y = norm_relu(y)
+        y = F.conv2d(y, weights[conv.name], stride=strides if conv.stage == "at" else 1, padding=conv.kernel // 2)
+    if layer.kind == "stem":
+        return norm_relu(y)
+    if layer.shortcut is not None:
+        return norm_add_relu(y, F.conv2d(x, weights["shortcut"], stride=strides), normalise_shortcut=True)
+    if strides == 2:
+        x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+    return norm_add_relu(y, x, normalise_shortcut=False)
+
+
+# One architecture alone: plain torch, nothing of bmsn inside. ----------------------------------------------------------------
+
+
+def build_network(
+    space: SearchSpace, architecture: Architecture, num_classes: int = 10, in_channels: int = 3
+) -> nn.Sequential:
+    """The standalone network: affine BatchNorm with running statistics, plain torch modules, Kaiming fan-out initialisation.
+
+    Returns:
+        A module from images (N, in_channels, H, W) to logits (N, num_classes). Children: `stem` (large stems only), `layers`
+        (L of them), `head`.
+    Raises:
+        InputError: an architecture of another space.
+    """
+    space.check(architecture)
+    layers: list[nn.Module] = []
+    for index, layer in enumerate(space.layers):
+        downsample = space.pool if index in architecture.pool_positions else None
+        block = _conv_norm(layer.main[0], 1, in_channels) if layer.kind == "stem" else ResidualBlock(layer, downsample == "stride")
+        if layer.kind == "stem":
+            block.append(nn.ReLU(inplace=True))
+        if downsample in ("max", "avg"):
+            block = nn.Sequential(nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2), block)
+        layers.append(block)
+    network = nn.Sequential()
+    if space.stem == "large":
+        width = space.stem_width
+        conv = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
+        network.add_module("stem", nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)))
+    network.add_module("layers", nn.Sequential(*layers))
+    head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(space.out_channels, num_classes))
+    network.add_module("head", head)
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    return network
+
+
+class ResidualBlock(nn.Module):
+    """Basic block or bottleneck with affine BatchNorm; an identity shortcut that strides is subsampled without parameters."""
+
+    def __init__(self, layer: Layer, strides: bool) -> None:
+        super().__init__()
+        steps: list[nn.Module] = []
+        for conv in layer.main:
+            steps += [*_conv_norm(conv, 2 if strides and conv.stage == "at" else 1), nn.ReLU(inplace=True)]
+        self.main = nn.Sequential(*steps[:-1])
+        self.shortcut = None if layer.shortcut is None else _conv_norm(layer.shortcut, 2 if strides else 1)
+        self.strides = strides
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is not None:
+            shortcut = self.shortcut(x)
+        else:
+            shortcut = x[:, :, ::2, ::2] if self.strides else x
+        return F.relu(self.main(x) + shortcut)
+
+
+def _conv_norm(conv: Convolution, stride: int, in_channels: int = 0) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(
+            conv.in_channels or in_channels, conv.out_channels, conv.kernel, stride=stride, padding=conv.kernel // 2, bias=False
+        ),
+        nn.BatchNorm2d(conv.out_channels),
+    )

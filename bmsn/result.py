@@ -1,0 +1,145 @@
+"""`SearchResult`: the ranked architectures, and the files and the table that they are shown in."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from bmsn.errors import InputError
+from bmsn.space import Architecture, SearchSpace
+
+SCHEMA_VERSION = 1
+CSV_COLUMNS = ("rank", "architecture", "accuracy", "supernet", "macs_ratio", "ema_accuracy", "standard_error", "ema_rank", "macs")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RankedArchitecture:
+    """One row of the ranking.
+
+    Attributes:
+        rank: place from 1, by validation accuracy; architectures that were not scored follow, by `ema_accuracy`.
+        accuracy: share of the validation half that is classified correctly, in [0, 1]; None: not scored.
+        standard_error: binomial standard error of `accuracy`.
+        supernet: the supernet it was scored with.
+        macs: multiply-accumulates for one image; macs_ratio: relative to the space's default architecture.
+        ema_accuracy: a[c, m*], the moving average from training; ema_rank: place by it.
+    """
+
+    rank: int
+    architecture: Architecture
+    accuracy: float | None
+    standard_error: float | None
+    supernet: int
+    macs: int
+    macs_ratio: float
+    ema_accuracy: float
+    ema_rank: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values; `architecture` as 4-3-3, `index` from 1."""
+        row = {name: getattr(self, name) for name in self.__slots__}
+        return row | {"architecture": self.architecture.slug, "index": self.architecture.index + 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        ranking: all architectures, best first.
+        config: the settings that reproduce the run.
+        environment: versions, machine, threads.
+        data: name, fingerprint and sizes of the data set.
+        timings: train_images_per_second, train_seconds, score_seconds, total_seconds.
+        scores: correct counts of every scored pair: `architecture`, `supernet`, `correct`, and `total`.
+        truth: agreement with stand-alone accuracies where `truth` was given, else empty.
+        notes: what the reader must know, such as updates skipped for a loss that was not finite.
+    """
+
+    ranking: tuple[RankedArchitecture, ...]
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    data: dict[str, Any]
+    timings: dict[str, float]
+    scores: dict[str, Any]
+    truth: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def best(self) -> RankedArchitecture:
+        return self.ranking[0]
+
+    def to_json(self) -> str:
+        """The content of result.json."""
+        content = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "ranking"}
+        content = {"schema_version": SCHEMA_VERSION, "best": self.best.architecture.slug, **content}
+        content["ranking"] = [row.as_dict() for row in self.ranking]
+        return json.dumps(content, indent=1, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, source: str) -> SearchResult:
+        """Read back what `to_json` wrote. Raises InputError for another schema or a damaged file; `source` names it."""
+        try:
+            content = json.loads(text)
+            if content["schema_version"] != SCHEMA_VERSION:
+                raise InputError(f"{source}: schema_version must be {SCHEMA_VERSION}; got {content['schema_version']}")
+            space = SearchSpace.named(content["config"]["space"], pool=content["config"]["pool"])
+            rows = [
+                RankedArchitecture(
+                    **{name: row[name] for name in RankedArchitecture.__slots__ if name != "architecture"},
+                    architecture=space.find(row["architecture"]),
+                )
+                for row in content["ranking"]
+            ]
+            fields = {name: content[name] for name in cls.__dataclass_fields__ if name not in ("ranking", "notes")}
+            return cls(ranking=tuple(rows), notes=tuple(content["notes"]), **fields)
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise InputError(f"{source}: not a result of bmsn.search: {error!r}") from error
+
+    def to_csv(self) -> str:
+        """The content of ranking.csv."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: "" if v is None else v for k, v in row.as_dict().items()} for row in self.ranking)
+        return text.getvalue()
+
+    def to_table(self) -> str:
+        """The table that `python -m bmsn.search` prints."""
+        lines = [f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  {'a[c,m] rank':>11}"]
+        for row in self.ranking:
+            accuracy = "not scored" if row.accuracy is None else f"{100 * row.accuracy:6.2f} ± {100 * (row.standard_error or 0):.2f}"
+            ema = f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
+            lines.append(
+                f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet + 1:>8}  {row.macs_ratio:>5.2f}x  {ema:>11}"
+            )
+        best, total = self.best, self.timings["total_seconds"]
+        lines += [
+            "",
+            f"Best: {best.architecture} (pooling before layers {', '.join(map(str, best.architecture.pool_positions))}), "
+            f"{best.macs_ratio:.2f}x the MACs of the default. Validation accuracy within a supernet, not after retraining.",
+            f"{self.data['name']}: {total:.0f} s in all, training {self.timings['train_seconds']:.0f} s "
+            f"({self.timings['train_images_per_second']:.0f} images/s), scoring {self.timings['score_seconds']:.1f} s.",
+        ]
+        return "\n".join(lines + self._truth_lines() + list(self.notes))
+
+    def _truth_lines(self) -> list[str]:
+        if not self.truth:
+            return []
+        lines = ["", f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   regret of top 1, 3, 5 (points)"]
+        for name, label in (("ranking", "this ranking"), ("ema", "by a[c,m]"), ("macs", "by MACs alone")):
+            figures = self.truth[name]
+            cells = [_number(figures[key], width) for key, width in (("kendall_tau_b", 7), ("spearman", 9), ("partial_kendall", 13))]
+            regret = ", ".join(_number(figures[f"regret_top{k}"], 0) for k in (1, 3, 5))
+            lines.append(f"{label:<20} {' '.join(cells)}   {regret}  (n = {figures['n']})")
+        if self.truth["missing"]:
+            lines.append(f"without a row in the truth: {', '.join(self.truth['missing'])}")
+        return lines
+
+
+def _number(value: float | None, width: int) -> str:
+    return f"{'-' if value is None or math.isnan(value) else format(value, '.3f'):>{width}}"

@@ -1,0 +1,185 @@
+"""`run_search`: a whole search, with its run folder, checkpoints and result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from bmsn.checkpoint import CheckpointStore, environment, environment_differences, write_atomically
+from bmsn.config import SearchConfig
+from bmsn.data import ImageDataset, open_dataset
+from bmsn.errors import InputError
+from bmsn.loop import SearchLoop
+from bmsn.result import SearchResult
+from bmsn.runfolder import MetricsFile, RunFolder
+from bmsn.space import SearchSpace
+
+_log = logging.getLogger("bmsn.search")
+
+# How a run is stored and shown, not what it computes.
+_NOT_COMPARED = ("checkpoint_every", "tensorboard")
+
+
+class Interrupted(Exception):
+    """The caller asked the search to stop; where there is a run folder, its state is saved."""
+
+
+def run_search(
+    config: SearchConfig,
+    data: ImageDataset | None = None,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[dict[str, Any]], None] = lambda record: None,
+) -> SearchResult:
+    """Trains a mixture of supernets and ranks all architectures of the space.
+
+    Source: Javan et al. 2023, section 2.
+
+    Args:
+        config: settings; with `out`, the run is kept in that folder and can be resumed.
+        data: the images; None: what `config.data` names.
+        should_stop: asked after every step; True saves the state and raises Interrupted.
+        progress: called with every training record of metrics.jsonl, and `num_steps`, `images_per_second`, `seconds_left`.
+    Returns:
+        The result; with `resume` on a finished run, the stored one.
+    Raises:
+        InputError: settings, data or run folder that cannot be used; found before the first step where it can be.
+        RunStopped: 20 losses in a row that are not finite, or a balance that cannot be solved; the last checkpoint is kept.
+        Interrupted: `should_stop` said so.
+    """
+    started = time.perf_counter()
+    config = config.filled()
+    if config.out is None:
+        return _search(config, _opened(config, data), None, should_stop, progress, started)
+    if config.resume:
+        folder = RunFolder.resume(config.out, config.as_dict(), ignore=_NOT_COMPARED)
+    else:
+        data = _opened(config, data)  # bad data is found before a folder is made
+        SearchLoop(config, data)  # and so are settings that do not fit it
+        folder = RunFolder.create(config.out, config.as_dict())
+    with folder:
+        if folder.is_finished:
+            return SearchResult.from_json(folder.result_path.read_text(), str(folder.result_path))
+        return _search(config, _opened(config, data), folder, should_stop, progress, started)
+
+
+def _opened(config: SearchConfig, data: ImageDataset | None) -> ImageDataset:
+    if data is not None:
+        return data
+    assert config.space is not None
+    return open_dataset(config.data, image_size=SearchSpace.named(config.space, pool=config.pool).image_size)
+
+
+def _search(
+    config: SearchConfig,
+    data: ImageDataset,
+    folder: RunFolder | None,
+    should_stop: Callable[[], bool],
+    progress: Callable[[dict[str, Any]], None],
+    started: float,
+) -> SearchResult:
+    """Trains from the last checkpoint on, scores, and writes the result."""
+    loop = SearchLoop(config, data)
+    here = environment(loop.device.type) | {"compute_dtype": str(loop.dtype).removeprefix("torch.")}
+    store = metrics = None
+    earlier = 0.0  # seconds of the processes that this one goes on for
+    if folder is not None:
+        store, metrics = CheckpointStore(folder.checkpoint_folder), MetricsFile(folder.metrics_path)
+        saved = store.load_latest() if config.resume else None
+        if saved is not None:
+            loop.load_state_dict(saved[1]["loop"])
+            earlier = saved[1]["seconds"]
+            for difference in environment_differences(saved[1]["environment"], here):
+                _log.warning("resumed elsewhere, so not bit-exact: %s", difference)
+        metrics.cut_back(loop.step)
+        _log.info("%s %s at step %d of %d", "resuming" if config.resume else "starting", folder.path, loop.step, loop.num_steps)
+
+    def save() -> None:
+        if store is not None:
+            assert metrics is not None
+            state = {"loop": loop.state_dict(), "environment": here, "seconds": earlier + time.perf_counter() - started}
+            try:
+                metrics.sync()
+                store.save(loop.step, state)
+            except OSError as error:  # a full disk: the checkpoint before stays
+                _log.warning("the checkpoint of step %d could not be written, training goes on: %s", loop.step, error)
+
+    first, train_before = loop.step, loop.train_seconds
+    board = _tensorboard(config)
+
+    def write(record: dict[str, Any]) -> None:
+        if metrics is not None:
+            metrics.write(record)
+        if record["kind"] == "step":
+            per_step = (loop.train_seconds - train_before) / max(1, loop.step - first)
+            progress(record | {
+                "num_steps": loop.num_steps, "seconds_left": per_step * (loop.num_steps - loop.step),
+                "images_per_second": config.batch_size / per_step if per_step else 0.0,
+            })  # fmt: skip
+            if board is not None:
+                for name in ("loss", "accuracy", "lr", "inverse_temperature", "entropy", "mean_score"):
+                    if record[name] is not None:
+                        board.add_scalar(name, record[name], record["step"])
+
+    loop.write = write
+    while loop.step < loop.num_steps:
+        if should_stop():
+            save()
+            raise Interrupted(f"interrupted at step {loop.step} of {loop.num_steps}" + _how_to_go_on(config))
+        loop.advance()
+        if loop.step % config.checkpoint_every == 0 or loop.step == loop.num_steps:
+            save()
+    if should_stop():
+        raise Interrupted("interrupted before the final scoring" + _how_to_go_on(config))
+    score_started = time.perf_counter()
+    scores = loop.score()
+    ranked = loop.rank(scores)
+    finished = time.perf_counter()
+    result = SearchResult(
+        ranking=ranked,
+        config=config.as_dict(),
+        environment=here,
+        data={
+            "name": data.name,
+            "fingerprint": data.fingerprint,
+            "num_train": len(loop.train_stream.indices),
+            "num_validation": len(loop.validation),
+            "num_test": len(data.test_labels),
+            "num_classes": data.num_classes,
+            "image_size": data.image_size,
+        },
+        timings={
+            "train_images_per_second": loop.num_steps * config.batch_size / loop.train_seconds,
+            "train_seconds": loop.train_seconds,
+            "score_seconds": finished - score_started,
+            "total_seconds": earlier + finished - started,
+        },
+        scores={
+            "architecture": [a.slug for a, _ in scores.pairs],
+            "supernet": [m for _, m in scores.pairs],
+            "correct": scores.correct.tolist(),
+            "total": scores.total,
+        },
+        truth=loop.against_truth(ranked),
+        notes=(f"{loop.nan_steps} updates were skipped: their loss was not finite.",) if loop.nan_steps else (),
+    )
+    if folder is not None:
+        write_atomically(folder.path / "ranking.csv", result.to_csv().encode())
+        write_atomically(folder.result_path, result.to_json().encode())
+    return result
+
+
+def _how_to_go_on(config: SearchConfig) -> str:
+    return "; nothing is kept without --out" if config.out is None else f"; go on with --resume --out {config.out}"
+
+
+def _tensorboard(config: SearchConfig) -> Any:
+    if not config.tensorboard:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("tensorboard needs the tensorboard package: pip install 'bmsn[tensorboard]'") from error
+    return SummaryWriter(str(config.out))

@@ -1,0 +1,194 @@
+"""One pass against one by one: equal counts for every space, batch size and memory cap; and the plan's own promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from bmsn.errors import InputError
+from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
+from bmsn.network import SupernetMixture
+from bmsn.plan import EvaluationPlan
+from bmsn.space import SPACES, SearchSpace
+
+
+def make_case(name, pool=None, num_images=20, dtype=torch.double):
+    """A mixture of two narrow supernets, images of twice the total stride, labels; up to 120 pairs."""
+    generator = torch.Generator().manual_seed(7)
+    space = SearchSpace.named(name, width=0.25 if name in ("resnet14-cifar10", "resnet20-cifar10") else 0.05, pool=pool)
+    nets = SupernetMixture(space, 2, 5, generator=generator).double()
+    head = nets.arena.detach()[:, -(space.out_channels + 1) * 5 :]
+    matrix = head[:, : space.out_channels * 5].view(2, 5, -1)
+    matrix -= matrix.mean(2, keepdim=True)  # else one class has the largest row sum and is predicted everywhere
+    head[:, space.out_channels * 5 :] = 0
+    size = 2 * space.total_stride
+    images = torch.randn(num_images, 3, size, size, generator=generator, dtype=torch.double).to(dtype)
+    labels = torch.randint(5, (num_images,), generator=generator)
+    pairs = all_pairs(nets)
+    return nets, images, labels, pairs[:: max(1, len(pairs) // 60)]
+
+
+def needed_bytes(nets, images, pairs, batch_size):
+    with pytest.raises(InputError, match="max_bytes must be at least") as caught:
+        make_plan(nets, images, pairs, batch_size=batch_size, max_bytes=1)
+    return int(str(caught.value).split("at least ")[1].split()[0])
+
+
+@pytest.mark.parametrize("pool", ["max", "avg", "stride"])
+@pytest.mark.parametrize("name", SPACES)
+def test_counts_equal_one_by_one_in_float64(name, pool):
+    nets, images, labels, pairs = make_case(name, pool)
+    expected = score_one_by_one(nets, images, labels, pairs, batch_size=8)  # batches of 8, 8 and 4
+    need = needed_bytes(nets, images, pairs, 8)
+    for max_bytes in (None, need, 2 * need):
+        scores = score_architectures(nets, images, labels, pairs, batch_size=8, max_bytes=max_bytes)
+        assert scores.correct.dtype == torch.int64
+        assert scores.total == 20
+        assert scores.correct.tolist() == expected.correct.tolist()
+    assert len(set(expected.correct.tolist())) > 2  # the case can tell pairs apart
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_precision_differs_by_rounding_ties_alone(dtype):
+    nets, images, labels, pairs = make_case("resnet20-cifar10", num_images=64, dtype=dtype)
+    one_pass = score_architectures(nets, images, labels, pairs, batch_size=32)
+    one_by_one = score_one_by_one(nets, images, labels, pairs, batch_size=32)
+    differences = (one_pass.correct - one_by_one.correct).abs()
+    assert differences.max() <= (1 if dtype == torch.float32 else 3)
+    assert differences.sum() <= 0.01 * one_pass.total * len(pairs)
+
+
+def test_order_subset_and_memory_format_do_not_matter():
+    nets, images, labels, pairs = make_case("resnet20-cifar10")
+    counts = dict(zip(pairs, score_architectures(nets, images, labels, pairs, batch_size=8).correct.tolist(), strict=True))
+    some = [pairs[k] for k in (50, 3, 17, 4)]
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    assert score_architectures(nets, channels_last, labels, some, batch_size=8).correct.tolist() == [counts[p] for p in some]
+
+
+def test_all_pairs_are_architecture_major():
+    nets, images, labels, _ = make_case("resnet14-cifar10")
+    scores = score_architectures(nets, images, labels)
+    assert [(a.index, m) for a, m in scores.pairs] == [(c, m) for c in range(15) for m in range(2)]
+    assert scores.correct.shape == (30,)
+
+
+def test_uint8_images_are_normalised_inside():
+    nets, _, labels, pairs = make_case("resnet14-cifar10")
+    pixels = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    nets.pixel_table = (torch.arange(256)[:, None] / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
+    by_hand = (pixels.double() / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
+    expected = score_one_by_one(nets, by_hand.permute(0, 3, 1, 2), labels, pairs)
+    assert score_architectures(nets, pixels, labels, pairs).correct.tolist() == expected.correct.tolist()
+
+
+class PeakActivations(TorchDispatchMode):
+    """Most bytes of storages alive at one time that were made inside the mode, as torch's own dispatcher sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                key = storage.data_ptr()
+                if key and key not in self.alive:
+                    self.alive[key] = storage.nbytes()
+                    import weakref
+
+                    weakref.finalize(storage, self.alive.pop, key, None)
+                    self.peak = max(self.peak, sum(self.alive.values()))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "pool"), [("resnet20-cifar10", "max"), ("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg")])
+def test_memory_cap_is_respected(name, pool, dtype):
+    nets, images, labels, pairs = make_case(name, pool, num_images=8, dtype=dtype)
+    nets = nets.float()
+    need = needed_bytes(nets, images, pairs, 8)
+    for max_bytes in (need, 3 * need):
+        plan = make_plan(nets, images, pairs, batch_size=8, max_bytes=max_bytes)
+        assert plan.peak_bytes <= max_bytes
+        score_architectures(nets, images, labels, pairs, batch_size=8, max_bytes=max_bytes)  # warm: caches of weights
+        with PeakActivations() as measured:
+            score_architectures(nets, images, labels, pairs, batch_size=8, max_bytes=max_bytes)
+        fixed = 2 * images.nbytes + 3 * nets.arena.nbytes + 2**16  # what the cap does not count
+        assert plan.arena_bytes <= measured.peak <= max_bytes + fixed
+
+
+def test_plan_computes_each_prefix_once_and_keeps_its_buffers_apart():
+    space = SearchSpace.named("resnet20-cifar10")
+    pairs = [(a, m) for a in space for m in (0, 1)]
+    for max_bytes in (None, 200 * 2**20):
+        plan = EvaluationPlan(space, pairs, batch_size=256, image_size=(32, 32), itemsize=2, max_bytes=max_bytes)
+        assert plan.num_states == 2 * 164
+        seen = {(w.layer, s.supernet, s.pool_positions) for w in plan.waves for s in w.states}
+        assert len(seen) == 2 * 164
+        assert sorted(pair for w in plan.waves for _, pair in w.heads) == list(range(72))
+        last_use = [number for number, _ in enumerate(plan.waves)]
+        for number, wave in enumerate(plan.waves):
+            for state in wave.states:
+                if state.parent is not None:
+                    assert state.parent.wave < number
+                    last_use[state.parent.wave] = number
+        for early, wave in enumerate(plan.waves):  # a buffer is not overwritten before its last reader has read it
+            for late in range(early + 1, last_use[early] + 1):
+                other = plan.waves[late]
+                a, b = (range(w.offset, w.offset + w.state_bytes * len(w.states)) for w in (wave, other))
+                assert a.stop <= b.start or b.stop <= a.start
+    assert "328 states" in str(plan)
+    assert len(plan.waves) > 24  # the cap made it walk subtrees
+
+
+def test_560_architectures_fit_under_2_gib():
+    space = SearchSpace.named("resnet50-cifar100")
+    for itemsize, maps in ((2, 9), (4, 5)):
+        plan = EvaluationPlan(
+            space, [(a, 0) for a in space], batch_size=64, image_size=(32, 32), itemsize=itemsize, workspace_maps=maps, max_bytes=2**31
+        )
+        assert plan.peak_bytes <= 2**31
+        assert plan.num_states == 3059
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (dict(batch_size=1), ["batch_size", "at least 2", "1"]),
+        (dict(norm="layer"), ["norm", "batch", "layer"]),
+        (dict(pairs=[]), ["pairs is empty"]),
+        (dict(pairs="twice"), ["pairs[1] repeats pairs[0]"]),
+        (dict(pairs="other"), ["not in resnet14"]),
+        (dict(pairs="supernet"), ["pairs[0]", "0..1", "2"]),
+        (dict(labels=torch.zeros(19, dtype=torch.long)), ["labels", "20"]),
+        (dict(labels=torch.full((20,), 5)), ["labels[0]", "0..4", "5"]),
+        (dict(images=torch.zeros(20, 3, 9, 8)), ["total stride 4"]),
+        (dict(images=torch.zeros(20, 8, 8, 4, dtype=torch.uint8)), ["uint8", "(N, H, W, 3)"]),
+        (dict(max_bytes=1000), ["max_bytes must be at least", "1000"]),
+        (dict(backend="cuda"), ["cuda", "cpp"]),
+    ],
+)
+def test_bad_input_is_named(change, words):
+    nets, images, labels, pairs = make_case("resnet14-cifar10")
+    a = nets.space[0]
+    special = {"twice": [(a, 0), (a, 0)], "other": [(SearchSpace.named("resnet20-cifar10")[0], 0)], "supernet": [(a, 2)]}
+    arguments = dict(images=images, labels=labels, pairs=pairs) | change
+    if isinstance(arguments["pairs"], str):
+        arguments["pairs"] = special[arguments["pairs"]]
+    with pytest.raises(InputError) as caught:
+        score_architectures(nets, **arguments)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_a_last_batch_with_one_value_a_channel_is_an_error():
+    nets, _, _, pairs = make_case("resnet14-cifar10")
+    images = torch.randn(9, 3, 4, 4, dtype=torch.double)  # last map 1x1, last batch 1 image
+    with pytest.raises(InputError, match="at least 2 values"):
+        score_architectures(nets, images, torch.zeros(9, dtype=torch.long), pairs, batch_size=8)
