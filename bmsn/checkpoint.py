@@ -329,7 +329,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
     on_cuda = device.startswith("cuda")
     return {
         "bmsn": _bmsn_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -114,8 +114,6 @@ class SearchConfig:
             raise InputError(f"balance_every must be at least 1 or 'epoch'; got {self.balance_every}")
         if self.resume and self.out is None:
             raise InputError("resume needs out: the run folder to go on with")
-        if self.tensorboard and self.out is None:
-            raise InputError("tensorboard needs out: the folder to write its events to")
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"min_lr must be at most lr = {self.lr}; got {self.min_lr}")
 

@@ -92,5 +92,6 @@ def partial_kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.nda
     if np.ptp(given) == 0:
         return float(stats.kendalltau(x, y).statistic)
     xy, xz, yz = (float(stats.kendalltau(a, b).statistic) for a, b in ((x, y), (x, given), (y, given)))
-    scale = math.sqrt((1 - xz**2) * (1 - yz**2))
-    return (xy - xz * yz) / scale if scale > 1e-12 else None
+    if max(abs(xz), abs(yz)) > 1 - 1e-9:
+        return None
+    return (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))

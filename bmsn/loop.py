@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import entr
 
 from bmsn.config import SearchConfig
 from bmsn.correlation import agreement, load_truth
@@ -160,7 +161,7 @@ class SearchLoop:
             self.write({
                 "kind": "step", "step": step, "epoch": step / self.steps_per_epoch,
                 "loss": float(np.mean(losses)) if losses else None, "accuracy": float(np.mean(accuracies)) if losses else None,
-                "lr": lr, "inverse_temperature": self.inverse_temperature(step), "entropy": mean_entropy(p),
+                "lr": lr, "inverse_temperature": self.inverse_temperature(step), "entropy": float(entr(p).sum(1).mean()),
                 "load": p.mean(0), "mean_score": float(self.mixture.scores.mean()), "nan_steps": self.nan_steps,
                 "train_seconds": self.train_seconds,
             })  # fmt: skip
@@ -182,7 +183,7 @@ class SearchLoop:
 
     def best_supernets(self) -> np.ndarray:
         """m* = argmax_m p(m|c) of each architecture."""
-        return self.mixture.assignment(self.inverse_temperature(self.num_steps)).argmax(1)
+        return self.mixture.best_supernet(self.inverse_temperature(self.num_steps))
 
     def score(self) -> Scores:
         """Validation counts of each architecture with its best supernet, or of all pairs, as `config.score` says."""
@@ -270,9 +271,3 @@ class SearchLoop:
         self.nan_steps, self.nan_in_a_row = state["nan_steps"], state["nan_in_a_row"]
         self._recent = [(loss, accuracy) for loss, accuracy in state["recent"]]
         self.train_seconds = state["train_seconds"]
-
-
-def mean_entropy(assignment: np.ndarray) -> float:
-    """Mean over architectures of the entropy of p(m|c), in nats."""
-    p = np.clip(assignment, 1e-300, 1)
-    return max(0.0, float(-(p * np.log(p)).sum(1).mean()))

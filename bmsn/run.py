@@ -51,6 +51,8 @@ def run_search(
     """
     started = time.perf_counter()
     config = config.filled()
+    if config.tensorboard and config.out is None:
+        raise InputError("tensorboard needs out: the folder to write its events to")
     if config.out is None:
         return _search(config, _opened(config, data), None, should_stop, progress, started)
     if config.resume:
@@ -69,7 +71,8 @@ def _opened(config: SearchConfig, data: ImageDataset | None) -> ImageDataset:
     if data is not None:
         return data
     assert config.space is not None
-    return open_dataset(config.data, image_size=SearchSpace.named(config.space, pool=config.pool).image_size)
+    resizes = config.data.split(":")[0] in ("parquet", "folder")
+    return open_dataset(config.data, image_size=SearchSpace.named(config.space).image_size if resizes else None)
 
 
 def _search(

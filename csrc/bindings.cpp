@@ -1,0 +1,132 @@
+// Python bindings of bmsn._C: one bind_<op> function for each op, called below. Algorithms know nothing of Python.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <tuple>
+
+#include "augment.h"
+#include "balance.h"
+#include "norm_relu.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using DoubleArray = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+py::tuple as_tuple(const bmsn::BalanceResult& result) {
+    return py::make_tuple(static_cast<int>(result.status), result.kl, result.iterations, result.spread, result.row, result.col);
+}
+
+py::tuple balance(const DoubleArray& scores, double inverse_temperature, double tol, int max_iterations,
+                  const std::optional<DoubleArray>& warm_start) {
+    if (scores.ndim() != 2 || scores.size() == 0) throw py::value_error("scores: not (C, M)");
+    const py::ssize_t rows = scores.shape(0), cols = scores.shape(1);
+    if (warm_start && (warm_start->ndim() != 1 || warm_start->shape(0) != cols)) throw py::value_error("warm_start: not (M,)");
+    thread_local std::unique_ptr<bmsn::BalanceSolver> solver;  // the workspace of this thread's last shape
+    if (!solver || solver->rows() != rows || solver->cols() != cols) solver = std::make_unique<bmsn::BalanceSolver>(rows, cols);
+    py::array_t<double> probabilities({rows, cols}), potentials(cols);
+    double *const p = probabilities.mutable_data(), *const g = potentials.mutable_data();
+    const double* const in = scores.data();
+    if (warm_start) std::copy_n(warm_start->data(), cols, g);
+    bmsn::BalanceResult result;
+    {
+        py::gil_scoped_release nogil;
+        result = solver->solve(in, cols, 1, inverse_temperature, tol, max_iterations, warm_start.has_value(), g);
+        if (result.status == bmsn::BalanceStatus::solved) solver->copy_probabilities(p);
+    }
+    return py::make_tuple(probabilities, potentials, as_tuple(result));
+}
+
+void bind_balance(py::module_& m) {
+    m.def("balance", &balance, py::arg("scores"), py::arg("inverse_temperature"), py::arg("tol"), py::arg("max_iterations"),
+          py::arg("warm_start") = py::none());
+
+    using bmsn::MixtureStep;
+    using Doubles = py::array_t<double, py::array::c_style>;
+    using Counters = py::array_t<std::int64_t, py::array::c_style>;
+    const auto make = [](double ema_decay, double tol, int balance_every, int max_iterations, Doubles scores,
+                         Doubles potentials, Counters visits, Counters last_visit) {
+        const bool fit = scores.ndim() == 2 && visits.ndim() == 2 && last_visit.ndim() == 2 && scores.size() > 0 &&
+                         visits.shape(0) == scores.shape(1) && visits.shape(1) == scores.shape(0) &&
+                         last_visit.shape(0) == scores.shape(1) && last_visit.shape(1) == scores.shape(0) &&
+                         potentials.ndim() == 1 && potentials.shape(0) == scores.shape(0) && balance_every > 0;
+        if (!fit) throw py::value_error("MixtureStep: the shapes do not fit");
+        return MixtureStep({scores.shape(1), scores.shape(0), ema_decay, tol, balance_every, max_iterations},
+                           scores.mutable_data(), potentials.mutable_data(), visits.mutable_data(), last_visit.mutable_data());
+    };
+    py::class_<MixtureStep>(m, "MixtureStep")
+        .def(py::init(make), py::arg("ema_decay"), py::arg("tol"), py::arg("balance_every"), py::arg("max_iterations"),
+             py::arg("scores").noconvert(), py::arg("potentials").noconvert(), py::arg("visits").noconvert(),
+             py::arg("last_visit").noconvert(), py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
+             py::keep_alive<1, 9>())
+        .def("observe_and_draw", &MixtureStep::observe_and_draw)  // 1 us: the GIL stays held, which also guards the arrays
+        .def("skip_and_draw", &MixtureStep::skip_and_draw)
+        .def("balance_and_draw", &MixtureStep::balance_and_draw)
+        .def_readwrite("steps", &MixtureStep::steps)
+        .def_property_readonly("last", [](const MixtureStep& self) { return as_tuple(self.last); });
+}
+
+// Addresses come from bmsn.data.batches, which has checked dtypes, shapes, layout and the range of the indices.
+void bind_augment(py::module_& m) {
+    using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+    const auto call = [](std::uintptr_t images, const Shape& shape, std::uintptr_t indices, std::uintptr_t offsets,
+                         std::uintptr_t flips, std::int64_t padding, std::uintptr_t table, std::uintptr_t out, bool bfloat16) {
+        const auto [num_images, height, width, channels] = shape;
+        const auto run = [&](auto* to) {
+            bmsn::augment(reinterpret_cast<const std::uint8_t*>(images), {num_images, height, width, channels},
+                          reinterpret_cast<const std::int64_t*>(indices), reinterpret_cast<const std::int64_t*>(offsets),
+                          reinterpret_cast<const std::int64_t*>(flips), padding, reinterpret_cast<const float*>(table), to);
+        };
+        bfloat16 ? run(reinterpret_cast<std::uint16_t*>(out)) : run(reinterpret_cast<float*>(out));
+    };
+    m.def("augment", call, py::call_guard<py::gil_scoped_release>());
+}
+
+// Addresses (0: not there) come from bmsn.ops.norm_relu, which has checked dtypes, shapes and layout and made the outputs.
+void bind_norm_relu(py::module_& m) {
+    using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // groups, rows, channels
+    const auto forward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t x, std::uintptr_t shortcut,
+                            std::uintptr_t y, std::uintptr_t stats, double eps, int threads) {
+        const auto [groups, rows, channels] = shape;
+        const auto run = [&]<typename T>(T) {
+            const bmsn::NormForward<T> call{reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(shortcut),
+                                            reinterpret_cast<T*>(y), reinterpret_cast<float*>(stats)};
+            bmsn::norm_relu({groups, rows, channels}, kind, call, eps, threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
+    };
+    const auto backward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t grad, std::uintptr_t y,
+                             std::uintptr_t x, std::uintptr_t shortcut, std::uintptr_t stats, std::uintptr_t dx,
+                             std::uintptr_t dshortcut, int threads) {
+        const auto [groups, rows, channels] = shape;
+        const auto run = [&]<typename T>(T) {
+            const bmsn::NormBackward<T> call{reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(y),
+                                             reinterpret_cast<const T*>(x),    reinterpret_cast<const T*>(shortcut),
+                                             reinterpret_cast<const float*>(stats), reinterpret_cast<T*>(dx),
+                                             reinterpret_cast<T*>(dshortcut)};
+            bmsn::norm_relu_backward({groups, rows, channels}, kind, call, threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
+    };
+    py::enum_<bmsn::Shortcut>(m, "Shortcut")
+        .value("none", bmsn::Shortcut::none)
+        .value("plain", bmsn::Shortcut::plain)
+        .value("normalised", bmsn::Shortcut::normalised);
+    m.def("norm_relu", forward, py::call_guard<py::gil_scoped_release>());
+    m.def("norm_relu_backward", backward, py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+    m.doc() = "C++ backend of bmsn.";
+    bind_augment(m);
+    bind_balance(m);
+    bind_norm_relu(m);
+}

@@ -1,0 +1,450 @@
+#include "norm_relu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <numeric>
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
+#define BMSN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define BMSN_CLONES  // (the sanitizers' run-time is not up yet when a clone is chosen)
+#endif
+#define BMSN_INLINE inline __attribute__((always_inline))
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed by value between inlined functions alone
+
+namespace bmsn {
+namespace {
+
+using Floats = float __attribute__((vector_size(64)));
+using Words = std::uint32_t __attribute__((vector_size(64)));
+
+// What is loaded, computed and stored at a time: for bfloat16 the even and the odd values of 64 bytes (a shift and a mask
+// convert them, where widening in order would shuffle: 1.5 times as fast), for float32 two vectors one after the other.
+struct Pair {
+    Floats a, b;
+};
+
+BMSN_INLINE Pair operator+(const Pair& x, const Pair& y) { return {x.a + y.a, x.b + y.b}; }
+BMSN_INLINE Pair operator-(const Pair& x, const Pair& y) { return {x.a - y.a, x.b - y.b}; }
+BMSN_INLINE Pair operator*(const Pair& x, const Pair& y) { return {x.a * y.a, x.b * y.b}; }
+BMSN_INLINE Pair where_positive(const Pair& y, const Pair& x) {  // or NaN
+    return {y.a <= 0.f ? Floats{} : x.a, y.b <= 0.f ? Floats{} : x.b};
+}
+
+constexpr std::int64_t kPair = 32;
+constexpr std::int64_t kPairs = 2;  // independent sums hide the latency of an addition
+constexpr std::int64_t kBlock = kPair * kPairs;
+constexpr std::int64_t kChunk = 8192;  // values: 16 KiB of bfloat16 stay in the first-level cache between two sweeps
+
+struct Block {
+    Pair at[kPairs];
+};
+
+constexpr Words kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+// Where the lanes of a pair stand in memory: a lane of a, and how far behind it b's.
+template <typename T>
+struct Lanes;
+template <>
+struct Lanes<float> {
+    static constexpr std::int64_t stride = 1, behind = 16;
+};
+template <>
+struct Lanes<std::uint16_t> {
+    static constexpr std::int64_t stride = 2, behind = 1;
+};
+
+BMSN_INLINE Pair load(const float* from) {
+    Pair x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+BMSN_INLINE Pair load(const std::uint16_t* from) {
+    Words both;
+    std::memcpy(&both, from, sizeof both);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000)};
+}
+
+BMSN_INLINE void store(float* to, const Pair& x) { std::memcpy(to, &x, sizeof x); }
+
+BMSN_INLINE Words rounded(const Floats& x) {  // to bfloat16 in the upper half: nearest, ties to even; NaN stays
+    const Words bits = (Words)x;
+    const Words nearest = bits + 0x7fff + ((bits >> 16) & 1);
+    return x == x ? nearest : bits | 0x400000;
+}
+
+BMSN_INLINE void store(std::uint16_t* to, const Pair& x) {
+    const Words both = (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000);
+    std::memcpy(to, &both, sizeof both);
+}
+
+// The same for the ragged end of a chunk, `count` values; a load fills up with 0.
+template <typename T>
+BMSN_INLINE Pair load(const T* from, std::int64_t count) {
+    if (count == kPair) return load(from);
+    T padded[kPair] = {};
+    std::copy_n(from, count, padded);
+    return load(padded);
+}
+
+template <typename T>
+BMSN_INLINE void store(T* to, std::int64_t count, const Pair& x) {
+    if (count == kPair) return store(to, x);
+    T padded[kPair];
+    store(padded, x);
+    std::copy_n(padded, count, to);
+}
+
+// 0 in the lanes that hold no value.
+template <typename T>
+BMSN_INLINE Pair only(std::int64_t count, const Pair& x) {
+    if (count == kPair) return x;
+    const Words a = kIndex * Lanes<T>::stride, b = a + Lanes<T>::behind;
+    const auto limit = static_cast<std::uint32_t>(count);
+    return {a < limit ? x.a : Floats{}, b < limit ? x.b : Floats{}};
+}
+
+struct Chunk {
+    std::int64_t channels, rows, width;
+};
+
+// Rows are laid side by side until they fill whole blocks: block and lane then say the channel, whatever their number.
+struct Partition {
+    Partition(const NormShape& shape)
+        : channels(shape.channels), rows(shape.rows), width(std::lcm(shape.channels, kBlock)),
+          chunk_rows(std::max<std::int64_t>(1, kChunk / width) * (width / channels)),
+          chunks((rows + chunk_rows - 1) / chunk_rows), tasks(shape.groups * chunks) {}
+
+    std::int64_t group(std::int64_t task) const { return task / chunks; }
+    std::int64_t first_row(std::int64_t task) const { return task % chunks * chunk_rows; }
+    std::int64_t num_rows(std::int64_t task) const { return std::min(chunk_rows, rows - first_row(task)); }
+    Chunk chunk(std::int64_t task) const { return {channels, num_rows(task), width}; }
+    std::int64_t offset(std::int64_t task) const { return (group(task) * rows + first_row(task)) * channels; }
+
+    std::int64_t channels, rows, width, chunk_rows, chunks, tasks;
+};
+
+// The values of a block's lanes out of one value for each channel.
+template <typename T>
+BMSN_INLINE Block spread(const float* values, std::int64_t channels, std::int64_t column) {
+    float lanes[kBlock];
+    for (std::int64_t lane = 0, c = column % channels; lane < kBlock; c = 0) {
+        const std::int64_t run = std::min(channels - c, kBlock - lane);
+        std::copy_n(values + c, run, lanes + lane);
+        lane += run;
+    }
+    Block block;
+    for (std::int64_t j = 0; j < kPairs; ++j)
+        for (std::int64_t i = 0; i < kPair / 2; ++i) {
+            const float* const from = lanes + j * kPair + i * Lanes<T>::stride;
+            block.at[j].a[i] = from[0];
+            block.at[j].b[i] = from[Lanes<T>::behind];
+        }
+    return block;
+}
+
+// Adds a block's lanes to their channels' totals.
+template <typename T>
+BMSN_INLINE void fold(const Block& block, std::int64_t channels, std::int64_t column, double* totals) {
+    float lanes[kBlock];
+    for (std::int64_t j = 0; j < kPairs; ++j)
+        for (std::int64_t i = 0; i < kPair / 2; ++i) {
+            float* const to = lanes + j * kPair + i * Lanes<T>::stride;
+            to[0] = block.at[j].a[i];
+            to[Lanes<T>::behind] = block.at[j].b[i];
+        }
+    for (std::int64_t lane = 0, c = column % channels; lane < kBlock; c = 0) {
+        const std::int64_t run = std::min(channels - c, kBlock - lane);
+        for (std::int64_t i = 0; i < run; ++i) totals[c + i] += static_cast<double>(lanes[lane + i]);
+        lane += run;
+    }
+}
+
+// Calls body(j, offset, count) for the pairs of one column of blocks, from the first row to the last.
+template <typename Body>
+BMSN_INLINE void sweep(const Chunk& chunk, std::int64_t column, Body body) {
+    const std::int64_t values = chunk.rows * chunk.channels, whole = values / chunk.width * chunk.width;
+    for (std::int64_t at = column; at < whole; at += chunk.width) {
+#pragma GCC unroll 2
+        for (std::int64_t j = 0; j < kPairs; ++j) body(j, at + j * kPair, kPair);
+    }
+    for (std::int64_t j = 0; j < kPairs; ++j) {
+        const std::int64_t at = whole + column + j * kPair;
+        if (at < values) body(j, at, std::min(values - at, kPair));
+    }
+}
+
+// totals (3, channels): m, near the mean; sum of x - m; sum of (x - m)^2. Two sweeps, so that nothing cancels.
+template <typename T>
+BMSN_INLINE void add_moments(const Chunk& chunk, const T* x, float* near_mean, double* totals) {
+    const std::int64_t channels = chunk.channels;
+    std::fill_n(totals, 3 * channels, 0.);
+    for (std::int64_t column = 0; column < chunk.width; column += kBlock) {
+        Block sum{};
+        sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+            sum.at[j] = sum.at[j] + load(x + at, count);
+        });
+        fold<T>(sum, channels, column, totals);
+    }
+    for (std::int64_t c = 0; c < channels; ++c) {
+        near_mean[c] = static_cast<float>(totals[c] / static_cast<double>(chunk.rows));
+        totals[c] = static_cast<double>(near_mean[c]);
+    }
+    for (std::int64_t column = 0; column < chunk.width; column += kBlock) {
+        const Block m = spread<T>(near_mean, channels, column);
+        Block sum{}, square{};
+        sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+            const Pair d = only<T>(count, load(x + at, count) - m.at[j]);
+            sum.at[j] = sum.at[j] + d;
+            square.at[j] = square.at[j] + d * d;
+        });
+        fold<T>(sum, channels, column, totals + channels);
+        fold<T>(square, channels, column, totals + 2 * channels);
+    }
+}
+
+// The sweeps below are templates that the BMSN_CLONES functions inline: a clone can neither be one nor hold an OpenMP region.
+
+BMSN_CLONES void moments_of(const Chunk& chunk, const float* x, float* near_mean, double* totals) {
+    add_moments(chunk, x, near_mean, totals);
+}
+BMSN_CLONES void moments_of(const Chunk& chunk, const std::uint16_t* x, float* near_mean, double* totals) {
+    add_moments(chunk, x, near_mean, totals);
+}
+
+// What one chunk reads of x, or of the shortcut where that is normalised: the values and one number a channel.
+template <typename T>
+struct Branch {
+    const T* x;
+    const float *mean, *rstd;
+};
+
+template <Shortcut kind, typename T>
+BMSN_INLINE void normalise(const Chunk& chunk, const Branch<T>& main, const Branch<T>& shortcut, T* y) {
+    const std::int64_t channels = chunk.channels;
+    for (std::int64_t column = 0; column < chunk.width; column += kBlock) {
+        const Block mean = spread<T>(main.mean, channels, column), rstd = spread<T>(main.rstd, channels, column);
+        Block mean2{}, rstd2{};
+        if constexpr (kind == Shortcut::normalised) {
+            mean2 = spread<T>(shortcut.mean, channels, column);
+            rstd2 = spread<T>(shortcut.rstd, channels, column);
+        }
+        sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+            Pair value = (load(main.x + at, count) - mean.at[j]) * rstd.at[j];
+            if constexpr (kind == Shortcut::plain) value = value + load(shortcut.x + at, count);
+            if constexpr (kind == Shortcut::normalised) value = value + (load(shortcut.x + at, count) - mean2.at[j]) * rstd2.at[j];
+            store(y + at, count, where_positive(value, value));
+        });
+    }
+}
+
+template <typename T>
+BMSN_INLINE void normalise(const Chunk& chunk, Shortcut kind, const Branch<T>& main, const Branch<T>& shortcut, T* y) {
+    if (kind == Shortcut::none) normalise<Shortcut::none>(chunk, main, shortcut, y);
+    if (kind == Shortcut::plain) normalise<Shortcut::plain>(chunk, main, shortcut, y);
+    if (kind == Shortcut::normalised) normalise<Shortcut::normalised>(chunk, main, shortcut, y);
+}
+
+BMSN_CLONES void normalise_chunk(const Chunk& chunk, Shortcut kind, const Branch<float>& main, const Branch<float>& shortcut,
+                                 float* y) {
+    normalise(chunk, kind, main, shortcut, y);
+}
+BMSN_CLONES void normalise_chunk(const Chunk& chunk, Shortcut kind, const Branch<std::uint16_t>& main,
+                                 const Branch<std::uint16_t>& shortcut, std::uint16_t* y) {
+    normalise(chunk, kind, main, shortcut, y);
+}
+
+// totals (3, channels): sum of e, sum of e * (x - mean), and the same product for a normalised shortcut.
+// With a shortcut e is left in `active`: it is the gradient of a plain one.
+template <Shortcut kind, typename T>
+BMSN_INLINE void sum_gradients(const Chunk& chunk, const T* grad, const T* y, const Branch<T>& main, const Branch<T>& shortcut,
+                               T* active, double* totals) {
+    const std::int64_t channels = chunk.channels;
+    std::fill_n(totals, 3 * channels, 0.);
+    for (std::int64_t column = 0; column < chunk.width; column += kBlock) {
+        const Block mean = spread<T>(main.mean, channels, column);
+        Block mean2{}, sum{}, product{}, product2{};
+        if constexpr (kind == Shortcut::normalised) mean2 = spread<T>(shortcut.mean, channels, column);
+        sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+            const Pair d = load(main.x + at, count) - mean.at[j];
+            const Pair mask = kind == Shortcut::none ? d : load(y + at, count);
+            const Pair e = only<T>(count, where_positive(mask, load(grad + at, count)));
+            sum.at[j] = sum.at[j] + e;
+            product.at[j] = product.at[j] + only<T>(count, e * d);
+            if constexpr (kind == Shortcut::normalised)
+                product2.at[j] = product2.at[j] + only<T>(count, e * (load(shortcut.x + at, count) - mean2.at[j]));
+            if constexpr (kind != Shortcut::none) store(active + at, count, e);
+        });
+        fold<T>(sum, channels, column, totals);
+        fold<T>(product, channels, column, totals + channels);
+        if constexpr (kind == Shortcut::normalised) fold<T>(product2, channels, column, totals + 2 * channels);
+    }
+}
+
+template <typename T>
+BMSN_INLINE void sum_gradients(const Chunk& chunk, Shortcut kind, const T* grad, const T* y, const Branch<T>& main,
+                               const Branch<T>& shortcut, T* active, double* totals) {
+    if (kind == Shortcut::none) sum_gradients<Shortcut::none>(chunk, grad, y, main, shortcut, active, totals);
+    if (kind == Shortcut::plain) sum_gradients<Shortcut::plain>(chunk, grad, y, main, shortcut, active, totals);
+    if (kind == Shortcut::normalised) sum_gradients<Shortcut::normalised>(chunk, grad, y, main, shortcut, active, totals);
+}
+
+BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, const float* grad, const float* y,
+                                  const Branch<float>& main, const Branch<float>& shortcut, float* active, double* totals) {
+    sum_gradients(chunk, kind, grad, y, main, shortcut, active, totals);
+}
+BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, const std::uint16_t* grad, const std::uint16_t* y,
+                                  const Branch<std::uint16_t>& main, const Branch<std::uint16_t>& shortcut,
+                                  std::uint16_t* active, double* totals) {
+    sum_gradients(chunk, kind, grad, y, main, shortcut, active, totals);
+}
+
+// dx = rstd * e - constant - (x - mean) * linear; e = grad, which ReLU masks here where there is no shortcut.
+struct Line {
+    const float *constant, *linear;
+};
+
+template <bool masks, typename T>
+BMSN_INLINE void gradient(const Chunk& chunk, const T* grad, const Branch<T>& branch, Line line, T* dx) {
+    const std::int64_t channels = chunk.channels;
+    for (std::int64_t column = 0; column < chunk.width; column += kBlock) {
+        const Block mean = spread<T>(branch.mean, channels, column), rstd = spread<T>(branch.rstd, channels, column);
+        const Block constant = spread<T>(line.constant, channels, column), linear = spread<T>(line.linear, channels, column);
+        sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
+            const Pair d = load(branch.x + at, count) - mean.at[j];
+            Pair e = load(grad + at, count);
+            if constexpr (masks) e = where_positive(d, e);
+            store(dx + at, count, rstd.at[j] * e - constant.at[j] - d * linear.at[j]);
+        });
+    }
+}
+
+BMSN_CLONES void gradient_chunk(const Chunk& chunk, bool masks, const float* grad, const Branch<float>& branch, Line line,
+                                float* dx) {
+    masks ? gradient<true>(chunk, grad, branch, line, dx) : gradient<false>(chunk, grad, branch, line, dx);
+}
+BMSN_CLONES void gradient_chunk(const Chunk& chunk, bool masks, const std::uint16_t* grad, const Branch<std::uint16_t>& branch,
+                                Line line, std::uint16_t* dx) {
+    masks ? gradient<true>(chunk, grad, branch, line, dx) : gradient<false>(chunk, grad, branch, line, dx);
+}
+
+// Mean and rstd of every group out of the chunks' totals (tasks, 3, channels), joined in their order (Chan et al. 1979).
+void join_moments(const Partition& part, std::int64_t groups, const double* totals, double eps, float* mean, float* rstd) {
+    const std::int64_t channels = part.channels;
+    const auto rows = static_cast<double>(part.rows);
+    for (std::int64_t g = 0; g < groups; ++g)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            double centre = 0, square = 0;
+            for (std::int64_t k = 0; k < part.chunks; ++k) {
+                const double* const t = totals + (g * part.chunks + k) * 3 * channels + c;
+                centre += t[0] * static_cast<double>(part.num_rows(k)) + t[channels];
+            }
+            centre /= rows;
+            for (std::int64_t k = 0; k < part.chunks; ++k) {
+                const double* const t = totals + (g * part.chunks + k) * 3 * channels + c;
+                const auto n = static_cast<double>(part.num_rows(k));
+                const double off = t[channels] / n, away = t[0] + off - centre;
+                square += t[2 * channels] - t[channels] * off + n * away * away;
+            }
+            mean[g * channels + c] = static_cast<float>(centre);
+            rstd[g * channels + c] = static_cast<float>(1 / std::sqrt(square / rows + eps));
+        }
+}
+
+template <typename T>
+void forward(const NormShape& shape, Shortcut kind, const NormForward<T>& call, double eps, int threads) {
+    const Partition part(shape);
+    const std::int64_t channels = part.channels, num_stats = shape.groups * channels;
+    const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * channels);
+    const int branches = kind == Shortcut::normalised ? 2 : 1;
+    for (int branch = 0; branch < branches; ++branch) {
+        const T* const x = branch == 0 ? call.x : call.shortcut;
+        float* const stats = call.stats + branch * 2 * num_stats;
+#pragma omp parallel num_threads(threads)
+        {
+            const auto near_mean = std::make_unique_for_overwrite<float[]>(channels);
+#pragma omp for schedule(static)
+            for (std::int64_t task = 0; task < part.tasks; ++task)
+                moments_of(part.chunk(task), x + part.offset(task), near_mean.get(), totals.get() + task * 3 * channels);
+        }
+        join_moments(part, shape.groups, totals.get(), eps, stats, stats + num_stats);
+    }
+    const auto branch_at = [&](int branch, const T* x, std::int64_t task) -> Branch<T> {
+        const float* const stats = call.stats + branch * 2 * num_stats + part.group(task) * channels;
+        return {x + part.offset(task), stats, stats + num_stats};
+    };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t task = 0; task < part.tasks; ++task) {
+        Branch<T> shortcut{};
+        if (kind == Shortcut::plain) shortcut.x = call.shortcut + part.offset(task);
+        if (kind == Shortcut::normalised) shortcut = branch_at(1, call.shortcut, task);
+        normalise_chunk(part.chunk(task), kind, branch_at(0, call.x, task), shortcut, call.y + part.offset(task));
+    }
+}
+
+template <typename T>
+void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call, int threads) {
+    const Partition part(shape);
+    const std::int64_t channels = part.channels, num_stats = shape.groups * channels;
+    const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * channels);
+    const int branches = kind == Shortcut::normalised ? 2 : 1;
+    const auto branch_at = [&](int branch, const T* x, std::int64_t task) -> Branch<T> {
+        const float* const stats = call.stats + branch * 2 * num_stats + part.group(task) * channels;
+        return {x + part.offset(task), stats, stats + num_stats};
+    };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t task = 0; task < part.tasks; ++task) {
+        const std::int64_t at = part.offset(task);
+        const bool adds = kind != Shortcut::none;
+        const Branch<T> shortcut = kind == Shortcut::normalised ? branch_at(1, call.shortcut, task) : Branch<T>{};
+        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_at(0, call.x, task), shortcut,
+                         adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
+    }
+    const auto lines = std::make_unique_for_overwrite<float[]>(branches * 2 * num_stats);  // (branches, 2, groups, channels)
+    for (int branch = 0; branch < branches; ++branch)
+        for (std::int64_t g = 0; g < shape.groups; ++g)
+            for (std::int64_t c = 0; c < channels; ++c) {
+                double sum = 0, product = 0;
+                for (std::int64_t k = 0; k < part.chunks; ++k) {
+                    const double* const t = totals.get() + (g * part.chunks + k) * 3 * channels + c;
+                    sum += t[0];
+                    product += t[(1 + branch) * channels];
+                }
+                const std::int64_t cell = branch * 2 * num_stats + g * channels + c;
+                const double rstd = call.stats[cell + num_stats], mean_scale = rstd / static_cast<double>(part.rows);
+                lines[cell] = static_cast<float>(sum * mean_scale);
+                lines[cell + num_stats] = static_cast<float>(product * rstd * rstd * mean_scale);
+            }
+    const auto line_at = [&](int branch, std::int64_t task) -> Line {
+        const float* const line = lines.get() + branch * 2 * num_stats + part.group(task) * channels;
+        return {line, line + num_stats};
+    };
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t task = 0; task < part.tasks; ++task) {
+        const std::int64_t at = part.offset(task);
+        const T* const e = (kind == Shortcut::none ? call.grad : call.dshortcut) + at;
+        gradient_chunk(part.chunk(task), kind == Shortcut::none, e, branch_at(0, call.x, task), line_at(0, task), call.dx + at);
+        if (kind == Shortcut::normalised)  // in place, once dx has been made of it
+            gradient_chunk(part.chunk(task), false, e, branch_at(1, call.shortcut, task), line_at(1, task), call.dshortcut + at);
+    }
+}
+
+}  // namespace
+
+void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads) {
+    forward(shape, kind, call, eps, threads);
+}
+void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<std::uint16_t>& call, double eps, int threads) {
+    forward(shape, kind, call, eps, threads);
+}
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads) {
+    backward(shape, kind, call, threads);
+}
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads) {
+    backward(shape, kind, call, threads);
+}
+
+}  // namespace bmsn

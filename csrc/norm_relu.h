@@ -1,0 +1,44 @@
+// BatchNorm without affine step over batch statistics, residual addition and ReLU: what stands between two convolutions.
+//
+// Values lie with the channels innermost (NHWC): groups x rows x channels, rows = images * height * width of one statistics
+// group. T is float, or std::uint16_t for bfloat16; all arithmetic is float32 with partial sums joined in float64.
+//
+//   forward   y = relu(norm(x) [+ shortcut | + norm(shortcut)]),   norm(x) = (x - mean[g,c]) * rstd[g,c]
+//   backward  e = grad where y > 0, else 0
+//             dx = rstd * (e - mean(e) - norm(x) * mean(e * norm(x))), means over the rows of the group
+//
+// A group is cut into chunks of a size that depends on the channels alone, and chunks are joined in their order: the result
+// depends neither on the number of threads nor (plain IEEE, no contraction) on the instruction set. NaN propagates.
+#pragma once
+
+#include <cstdint>
+
+namespace bmsn {
+
+struct NormShape {
+    std::int64_t groups, rows, channels;
+};
+
+enum class Shortcut : int { none, plain, normalised };
+
+// stats: (branches, 2, groups, channels), mean and rstd of x, then of the shortcut where that is normalised too.
+template <typename T>
+struct NormForward {
+    const T *x, *shortcut;  // shortcut: null without one
+    T* y;
+    float* stats;
+};
+
+template <typename T>
+struct NormBackward {
+    const T *grad, *y, *x, *shortcut;  // y: read with a shortcut only; shortcut: read where it was normalised
+    const float* stats;
+    T *dx, *dshortcut;  // dshortcut: null without a shortcut
+};
+
+void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads);
+void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<std::uint16_t>& call, double eps, int threads);
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads);
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads);
+
+}  // namespace bmsn

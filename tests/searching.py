@@ -1,0 +1,51 @@
+"""A tiny search for the tests: 8x8 images in four classes, ResNet-14, a few steps; and the process that gets killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+TESTS = Path(__file__).parent
+
+
+def write_tiny_set(path: Path, num_images: int = 128, seed: int = 0) -> str:
+    """Writes an npz file of noise whose mean tells the class; returns its spec."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_images) % 4
+    images = rng.integers(0, 120, (num_images, 8, 8, 3)) + 30 * labels[:, None, None, None]
+    np.savez(path, train_images=images.astype(np.uint8), train_labels=labels.astype(np.int64))
+    return f"npz:{path}"
+
+
+def tiny_flags(spec: str, **changes: object) -> list[str]:
+    """Flags of a search of 8 steps (2 epochs of 4) on the tiny set."""
+    settings: dict[str, object] = dict(space="resnet14-cifar10", data=spec, supernets=2, epochs=2, batch_size=16, device="cpu")
+    settings |= changes
+    flags = []
+    for name, value in settings.items():
+        flag = "--" + name.replace("_", "-")
+        flags += [flag] if value is True else [flag, str(value)]
+    return flags
+
+
+def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`python -m bmsn.search` or, with a first argument that ends in .py, that script, on one thread."""
+    command = [str(TESTS / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else ["-m", "bmsn.search", *arguments]
+    return subprocess.Popen(
+        [sys.executable, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+
+
+def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `start`."""
+    process = start(*arguments, **environment)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
