@@ -2,110 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <numeric>
+
+#include "norm_lanes.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
 #define BMSN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define BMSN_CLONES  // (the sanitizers' run-time is not up yet when a clone is chosen)
 #endif
-#define BMSN_INLINE inline __attribute__((always_inline))
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed by value between inlined functions alone
 
 namespace bmsn {
 namespace {
 
-using Floats = float __attribute__((vector_size(64)));
-using Words = std::uint32_t __attribute__((vector_size(64)));
-
-// What is loaded, computed and stored at a time: for bfloat16 the even and the odd values of 64 bytes (a shift and a mask
-// convert them, where widening in order would shuffle: 1.5 times as fast), for float32 two vectors one after the other.
-struct Pair {
-    Floats a, b;
-};
-
-BMSN_INLINE Pair operator+(const Pair& x, const Pair& y) { return {x.a + y.a, x.b + y.b}; }
-BMSN_INLINE Pair operator-(const Pair& x, const Pair& y) { return {x.a - y.a, x.b - y.b}; }
-BMSN_INLINE Pair operator*(const Pair& x, const Pair& y) { return {x.a * y.a, x.b * y.b}; }
-BMSN_INLINE Pair where_positive(const Pair& y, const Pair& x) {  // or NaN
-    return {y.a <= 0.f ? Floats{} : x.a, y.b <= 0.f ? Floats{} : x.b};
-}
-
-constexpr std::int64_t kPair = 32;
 constexpr std::int64_t kPairs = 2;  // independent sums hide the latency of an addition
 constexpr std::int64_t kBlock = kPair * kPairs;
-constexpr std::int64_t kChunk = 8192;  // values: 16 KiB of bfloat16 stay in the first-level cache between two sweeps
+constexpr std::int64_t kChunk = 16384;  // values: 32 KiB of bfloat16 stay in the first-level cache between two sweeps
 
 struct Block {
     Pair at[kPairs];
 };
-
-constexpr Words kIndex = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-// Where the lanes of a pair stand in memory: a lane of a, and how far behind it b's.
-template <typename T>
-struct Lanes;
-template <>
-struct Lanes<float> {
-    static constexpr std::int64_t stride = 1, behind = 16;
-};
-template <>
-struct Lanes<std::uint16_t> {
-    static constexpr std::int64_t stride = 2, behind = 1;
-};
-
-BMSN_INLINE Pair load(const float* from) {
-    Pair x;
-    std::memcpy(&x, from, sizeof x);
-    return x;
-}
-
-BMSN_INLINE Pair load(const std::uint16_t* from) {
-    Words both;
-    std::memcpy(&both, from, sizeof both);
-    return {(Floats)(both << 16), (Floats)(both & 0xffff0000)};
-}
-
-BMSN_INLINE void store(float* to, const Pair& x) { std::memcpy(to, &x, sizeof x); }
-
-BMSN_INLINE Words rounded(const Floats& x) {  // to bfloat16 in the upper half: nearest, ties to even; NaN stays
-    const Words bits = (Words)x;
-    const Words nearest = bits + 0x7fff + ((bits >> 16) & 1);
-    return x == x ? nearest : bits | 0x400000;
-}
-
-BMSN_INLINE void store(std::uint16_t* to, const Pair& x) {
-    const Words both = (rounded(x.a) >> 16) | (rounded(x.b) & 0xffff0000);
-    std::memcpy(to, &both, sizeof both);
-}
-
-// The same for the ragged end of a chunk, `count` values; a load fills up with 0.
-template <typename T>
-BMSN_INLINE Pair load(const T* from, std::int64_t count) {
-    if (count == kPair) return load(from);
-    T padded[kPair] = {};
-    std::copy_n(from, count, padded);
-    return load(padded);
-}
-
-template <typename T>
-BMSN_INLINE void store(T* to, std::int64_t count, const Pair& x) {
-    if (count == kPair) return store(to, x);
-    T padded[kPair];
-    store(padded, x);
-    std::copy_n(padded, count, to);
-}
-
-// 0 in the lanes that hold no value.
-template <typename T>
-BMSN_INLINE Pair only(std::int64_t count, const Pair& x) {
-    if (count == kPair) return x;
-    const Words a = kIndex * Lanes<T>::stride, b = a + Lanes<T>::behind;
-    const auto limit = static_cast<std::uint32_t>(count);
-    return {a < limit ? x.a : Floats{}, b < limit ? x.b : Floats{}};
-}
 
 struct Chunk {
     std::int64_t channels, rows, width;
@@ -137,12 +54,7 @@ BMSN_INLINE Block spread(const float* values, std::int64_t channels, std::int64_
         lane += run;
     }
     Block block;
-    for (std::int64_t j = 0; j < kPairs; ++j)
-        for (std::int64_t i = 0; i < kPair / 2; ++i) {
-            const float* const from = lanes + j * kPair + i * Lanes<T>::stride;
-            block.at[j].a[i] = from[0];
-            block.at[j].b[i] = from[Lanes<T>::behind];
-        }
+    for (std::int64_t j = 0; j < kPairs; ++j) block.at[j] = Lanes<T>::from_memory_order(load(lanes + j * kPair));
     return block;
 }
 
@@ -150,12 +62,7 @@ BMSN_INLINE Block spread(const float* values, std::int64_t channels, std::int64_
 template <typename T>
 BMSN_INLINE void fold(const Block& block, std::int64_t channels, std::int64_t column, double* totals) {
     float lanes[kBlock];
-    for (std::int64_t j = 0; j < kPairs; ++j)
-        for (std::int64_t i = 0; i < kPair / 2; ++i) {
-            float* const to = lanes + j * kPair + i * Lanes<T>::stride;
-            to[0] = block.at[j].a[i];
-            to[Lanes<T>::behind] = block.at[j].b[i];
-        }
+    for (std::int64_t j = 0; j < kPairs; ++j) store(lanes + j * kPair, Lanes<T>::to_memory_order(block.at[j]));
     for (std::int64_t lane = 0, c = column % channels; lane < kBlock; c = 0) {
         const std::int64_t run = std::min(channels - c, kBlock - lane);
         for (std::int64_t i = 0; i < run; ++i) totals[c + i] += static_cast<double>(lanes[lane + i]);
@@ -235,7 +142,8 @@ BMSN_INLINE void normalise(const Chunk& chunk, const Branch<T>& main, const Bran
         sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
             Pair value = (load(main.x + at, count) - mean.at[j]) * rstd.at[j];
             if constexpr (kind == Shortcut::plain) value = value + load(shortcut.x + at, count);
-            if constexpr (kind == Shortcut::normalised) value = value + (load(shortcut.x + at, count) - mean2.at[j]) * rstd2.at[j];
+            if constexpr (kind == Shortcut::normalised)
+                value = value + (load(shortcut.x + at, count) - mean2.at[j]) * rstd2.at[j];
             store(y + at, count, where_positive(value, value));
         });
     }
@@ -400,8 +308,8 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
         const std::int64_t at = part.offset(task);
         const bool adds = kind != Shortcut::none;
         const Branch<T> shortcut = kind == Shortcut::normalised ? branch_at(1, call.shortcut, task) : Branch<T>{};
-        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_at(0, call.x, task), shortcut,
-                         adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
+        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_at(0, call.x, task),
+                         shortcut, adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
     }
     const auto lines = std::make_unique_for_overwrite<float[]>(branches * 2 * num_stats);  // (branches, 2, groups, channels)
     for (int branch = 0; branch < branches; ++branch)

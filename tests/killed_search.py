@@ -1,7 +1,7 @@
 """A search that kills itself with SIGKILL: `killed_search.py PLACE COUNT FLAGS...`, at the COUNT-th time it comes to PLACE.
 
-Places: step (after a training step), fsync (in the middle of a checkpoint), saved (a checkpoint is written, nothing after it),
-metrics (a metrics record is about to be written), score (the final scoring).
+Places: step (after a training step), fsync (within the writing of a checkpoint), saved (a checkpoint is written, nothing after
+it), metrics (a metrics record is about to be written), score (the final scoring).
 """
 
 from __future__ import annotations
@@ -9,37 +9,61 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
-import bmsn.checkpoint
-import bmsn.loop
-import bmsn.runfolder
 import bmsn.search
+from bmsn.checkpoint import CheckpointStore
+from bmsn.loop import SearchLoop
+from bmsn.runfolder import MetricsFile
 
 place, count, *flags = sys.argv[1:]
 left = int(count)
+saving = False
 
 
-def killing(function: Any, before: bool) -> Any:
+def visit() -> None:
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def visiting(function: Callable[..., Any], *, before: bool) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        global left
-        left -= 1
-        if before and left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if before:
+            visit()
         result = function(*args, **kwargs)
-        if left <= 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if not before:
+            visit()
         return result
 
     return wrapped
 
 
-owner, name, before = {
-    "step": (bmsn.loop.SearchLoop, "advance", False),
-    "fsync": (bmsn.checkpoint.os, "fsync", True),
-    "saved": (bmsn.checkpoint.CheckpointStore, "save", False),
-    "metrics": (bmsn.runfolder.MetricsFile, "write", True),
-    "score": (bmsn.loop.SearchLoop, "score", True),
-}[place]
-setattr(owner, name, killing(getattr(owner, name), before))
+def save_watched(self: CheckpointStore, step: int, state: dict[str, Any], save: Callable[..., Any] = CheckpointStore.save) -> Any:
+    global saving
+    saving = True
+    try:
+        return save(self, step, state)
+    finally:
+        saving = False
+
+
+def fsync_watched(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
+    if saving:
+        visit()
+    fsync(descriptor)
+
+
+if place == "fsync":
+    CheckpointStore.save, os.fsync = save_watched, fsync_watched  # type: ignore[method-assign]
+else:
+    owner, name, before = {
+        "step": (SearchLoop, "advance", False),
+        "saved": (CheckpointStore, "save", False),
+        "metrics": (MetricsFile, "write", True),
+        "score": (SearchLoop, "score", True),
+    }[place]
+    setattr(owner, name, visiting(getattr(owner, name), before=before))
 sys.exit(bmsn.search.main(flags))

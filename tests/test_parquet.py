@@ -78,7 +78,8 @@ def test_parquet_with_a_validation_file_and_no_names(tmp_path: Path):
         (3, encode(IMAGES[0]), -1, r"row 3: label -1; accepted"),
     ],
 )
-def test_a_wrong_row_is_named(row, cell, label, message, parquet: Path):
+def test_a_wrong_row_is_named(row, cell, label, message, parquet: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("bmsn.data.parquet.CHUNK", 2)  # the row is in a later chunk
     cells, labels = [encode(image) for image in IMAGES[:5]], [0, 1, 2, 0, 1]
     cells[row], labels[row] = cell, label
     write_parquet(parquet / "train-00001-of-00002.parquet", cells, labels, NAMES)

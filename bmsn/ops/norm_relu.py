@@ -4,13 +4,16 @@
 
     norm(x)[n,c,h,w] = (x[n,c,h,w] - mean[g,c]) * rstd[g,c],  g = the statistics group of image n
 
-mean and rstd = 1 / sqrt(variance + EPS) are those of (N, H, W) within the group, the variance biased, without affine step.
-Two sweeps over memory forward (statistics; everything else) and two backward, where plain torch makes 6 and 8.
+mean and rstd = 1 / sqrt(variance + EPS) are those of (N, H, W) within the group, the variance biased; no affine step.
+In C++ two sweeps over memory forward (statistics; everything else) and two backward (sums; everything else).
 
 Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023, section 2 for the supernet's use of it.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,8 @@ EPS = 1e-5  # of torch.nn.BatchNorm2d
 torch.library.define("bmsn::norm_relu", "(Tensor x, int num_groups) -> (Tensor y, Tensor stats)")
 torch.library.define("bmsn::norm_relu_backward", "(Tensor grad, Tensor x, Tensor stats) -> Tensor")
 torch.library.define(
-    "bmsn::norm_add_relu", "(Tensor x, Tensor shortcut, int num_groups, bool normalise_shortcut) -> (Tensor y, Tensor stats)"
+    "bmsn::norm_add_relu",
+    "(Tensor x, Tensor shortcut, int num_groups, bool normalise_shortcut) -> (Tensor y, Tensor stats)",
 )
 torch.library.define(
     "bmsn::norm_add_relu_backward",
@@ -43,8 +47,8 @@ def norm_relu(x: Tensor, num_groups: int = 1, *, backend: str = "auto") -> Tenso
         Shape, layout and dtype of `x`; computed in float32 (float64 for float64); NaN propagates to its channel.
     Raises:
         TypeError: a dtype not listed.
-        ValueError: not channels_last, nothing is copied silently. InputError (a ValueError): groups that do not divide the
-            batch, or have fewer than 2 values a channel.
+        ValueError: not channels_last (nothing is copied silently).
+        InputError: groups that do not divide the batch, or have fewer than 2 values a channel.
     """
     _check(x, num_groups)
     if _resolve(x, backend) == "reference":
@@ -74,7 +78,8 @@ def norm_add_relu(
         raise TypeError(f"shortcut is {shortcut.dtype}, x {x.dtype}: they must agree")
     if shortcut.shape != x.shape or shortcut.device != x.device:
         raise ValueError(
-            f"shortcut is {tuple(shortcut.shape)} on {shortcut.device}, x {tuple(x.shape)} on {x.device}: they must agree"
+            f"shortcut is {tuple(shortcut.shape)} on {shortcut.device}, x {tuple(x.shape)} on {x.device}: "
+            "they must agree"
         )
     _check_layout("shortcut", shortcut)
     if _resolve(x, backend) == "reference":
@@ -110,8 +115,8 @@ def _check(x: Tensor, num_groups: int) -> None:
     values = x.shape[0] // num_groups * x.shape[2] * x.shape[3]
     if values < 2 or x.shape[1] == 0:
         raise InputError(
-            f"a statistics group needs at least 1 channel and 2 values in each; {tuple(x.shape)} in {num_groups} groups "
-            f"has {x.shape[1]} channels and {values} values"
+            f"a statistics group needs at least 1 channel and 2 values in each; "
+            f"{tuple(x.shape)} in {num_groups} groups has {x.shape[1]} channels and {values} values"
         )
 
 
@@ -132,35 +137,42 @@ class _NormRelu(torch.autograd.Function):
     """Keeps x and its statistics: norm(x), and with it the mask of ReLU, costs less to compute again than to read."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, num_groups: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, num_groups: int) -> Tensor:
         y, stats = torch.ops.bmsn.norm_relu(x, num_groups)
         ctx.save_for_backward(x, stats)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return torch.ops.bmsn.norm_relu_backward(_dense(grad), *ctx.saved_tensors), None
 
 
 class _NormAddRelu(torch.autograd.Function):
-    """Keeps x, y, the statistics, and the shortcut where it was normalised; y is alive anyway, the next layer's input."""
+    """Keeps x, y, the statistics, and a normalised shortcut; y, the next layer's input, is alive anyway."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool) -> Tensor:
         y, stats = torch.ops.bmsn.norm_add_relu(x, shortcut, num_groups, normalise_shortcut)
         ctx.save_for_backward(y, x, shortcut if normalise_shortcut else None, stats)
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         return *torch.ops.bmsn.norm_add_relu_backward(_dense(grad), *ctx.saved_tensors), None, None
 
 
 def _dense(grad: Tensor) -> Tensor:
     """A gradient comes in whatever layout its maker chose: a mean over (H, W) hands back an expanded one."""
     return grad.contiguous(memory_format=torch.channels_last)
+
+
+def _cpp() -> ModuleType:
+    module = extension()
+    if module is None:
+        raise RuntimeError("torch.ops.bmsn.* need bmsn._C, which is not there; bmsn.backend_report() says why")
+    return module
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -180,7 +192,7 @@ def _shape(x: Tensor, num_groups: int) -> tuple[int, int, int]:
 @torch.library.impl("bmsn::norm_relu", "CPU")
 def _norm_relu_cpu(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     y, stats = _empty_like(x), _empty_stats(x, num_groups)
-    cpp = extension()
+    cpp = _cpp()
     cpp.norm_relu(
         *(_shape(x, num_groups), x.dtype == torch.bfloat16, cpp.Shortcut.none),
         *(x.data_ptr(), 0, y.data_ptr(), stats.data_ptr(), EPS, torch.get_num_threads()),
@@ -191,7 +203,7 @@ def _norm_relu_cpu(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 @torch.library.impl("bmsn::norm_relu_backward", "CPU")
 def _norm_relu_backward_cpu(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     dx = _empty_like(x)
-    cpp = extension()
+    cpp = _cpp()
     cpp.norm_relu_backward(
         *(_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, cpp.Shortcut.none),
         *(grad.data_ptr(), 0, x.data_ptr(), 0, stats.data_ptr(), dx.data_ptr(), 0, torch.get_num_threads()),
@@ -200,11 +212,9 @@ def _norm_relu_backward_cpu(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 
 
 @torch.library.impl("bmsn::norm_add_relu", "CPU")
-def _norm_add_relu_cpu(
-    x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool
-) -> tuple[Tensor, Tensor]:
+def _norm_add_relu_cpu(x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool) -> tuple[Tensor, Tensor]:
     y, stats = _empty_like(x), _empty_stats(x, num_groups, normalise_shortcut)
-    cpp = extension()
+    cpp = _cpp()
     kind = cpp.Shortcut.normalised if normalise_shortcut else cpp.Shortcut.plain
     cpp.norm_relu(
         *(_shape(x, num_groups), x.dtype == torch.bfloat16, kind),
@@ -218,7 +228,7 @@ def _norm_add_relu_backward_cpu(
     grad: Tensor, y: Tensor, x: Tensor, shortcut: Tensor | None, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
     dx, dshortcut = _empty_like(x), _empty_like(x)
-    cpp = extension()
+    cpp = _cpp()
     kind = cpp.Shortcut.plain if shortcut is None else cpp.Shortcut.normalised
     cpp.norm_relu_backward(
         *(_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, kind),

@@ -1,0 +1,92 @@
+"""The built-in set: a pure function of its arguments, balanced, no use to classifiers that know no neighbourhoods."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from bmsn.data.synthetic import VARIANTS, generate_synthetic
+from bmsn.errors import InputError
+
+NUM_TRAIN, NUM_TEST = 4000, 2000
+HISTOGRAM_BINS = 32
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_shapes_and_types(variant):
+    data = generate_synthetic(variant, 103, 50, seed=103)
+    assert data.train_images.shape == (103, 32, 32, 3)
+    assert data.test_images.shape == (50, 32, 32, 3)
+    assert data.train_images.dtype == data.test_images.dtype == np.uint8
+    assert data.train_labels.dtype == data.test_labels.dtype == np.int64
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classes_are_balanced_and_shuffled(variant):
+    data = generate_synthetic(variant, 103, 50, seed=103)
+    for labels in (data.train_labels, data.test_labels):
+        counts = np.bincount(labels, minlength=data.num_classes)
+        assert len(counts) == data.num_classes
+        assert np.ptp(counts) <= 1
+        assert not np.array_equal(labels, np.arange(len(labels)) % data.num_classes)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_same_arguments_give_the_same_bytes(variant):
+    one, other = (generate_synthetic(variant, 60, 30, seed=107) for _ in range(2))
+    for field in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert np.array_equal(getattr(one, field), getattr(other, field))
+
+
+def test_seeds_variants_and_halves_differ():
+    arguments = [("default", 100), ("default", 101), ("fine", 100)]
+    sets = [generate_synthetic(variant, 60, 60, seed=seed) for variant, seed in arguments]
+    images = [half for data in sets for half in (data.train_images, data.test_images)]
+    for i, one in enumerate(images):
+        for other in images[i + 1 :]:
+            assert (one == other).mean() < 0.1  # grey levels agree by chance alone
+
+
+def ridge_accuracy(
+    train: np.ndarray, labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, penalty: float
+) -> float:
+    mean, deviation = train.mean(0), train.std(0) + 1e-6
+    train, test = (train - mean) / deviation, (test - mean) / deviation
+    gram = train.T @ train + penalty * np.eye(train.shape[1])
+    weights = np.linalg.solve(gram, train.T @ np.eye(labels.max() + 1)[labels])
+    return float(((test @ weights).argmax(1) == test_labels).mean())
+
+
+def histograms(images: np.ndarray) -> np.ndarray:
+    width = 256 // HISTOGRAM_BINS
+    bins = [(images // width == number).mean((1, 2)) for number in range(HISTOGRAM_BINS)]
+    return np.concatenate(bins, axis=1)
+
+
+def grey(images: np.ndarray) -> np.ndarray:
+    return images.mean(3).reshape(len(images), -1)
+
+
+@pytest.mark.parametrize(("features", "penalty"), [(histograms, 10.0), (grey, 3000.0)], ids=["histogram", "pixels"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_classes_need_neighbourhoods(variant, features, penalty):
+    data = generate_synthetic(variant, NUM_TRAIN, NUM_TEST, seed=105)
+    accuracy = ridge_accuracy(
+        features(data.train_images), data.train_labels, features(data.test_images), data.test_labels, penalty
+    )
+    chance = 1 / data.num_classes
+    assert accuracy < chance + 4 * (chance * (1 - chance) / NUM_TEST) ** 0.5 + 0.01
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"variant": "corse"}, "corse.*default, fine, coarse"),
+        ({"num_train": 3}, "num_train must be at least .*got 3"),
+        ({"num_test": -1}, "num_test must be at least 0.*got -1"),
+    ],
+    ids=["variant", "num_train", "num_test"],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(InputError, match=message):
+        generate_synthetic(**arguments)
