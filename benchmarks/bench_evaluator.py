@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peers import EagerNet, interleaved, report
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bmsn.evaluator import score_architectures, score_one_by_one
 from bmsn.network import SupernetMixture
 from bmsn.space import SearchSpace
 from bmsn.trainer import compute_dtype
-from peers import EagerNet, interleaved, report
 
 
 @pytest.mark.benchmark(group="scoring 36 architectures of ResNet-20, 256 images, CPU")

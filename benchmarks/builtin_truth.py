@@ -2,9 +2,10 @@
 
     python benchmarks/builtin_truth.py --variant default --seeds 0 1 2 --out benchmarks/results/synthetic_default.csv
 
-Each (architecture, seed) is one network from `build_network` (affine BatchNorm, running statistics) on images of that generator
-seed: SGD, momentum 0.9, learning rate 0.1 to 0 by cosine, weight decay 1e-3, batch 128, crop and flip, bf16 autocast where the
-CPU has it; the test accuracy of the last step. The seeds of the published tables were not used while the generator was designed.
+Each (architecture, seed) is one network from `build_network` (affine BatchNorm, running statistics) on images of that
+generator seed: SGD, momentum 0.9, learning rate 0.1 to 0 by cosine, weight decay 1e-3, batch 128, crop and flip, bf16
+autocast where the CPU has it; the test accuracy of the last step. The seeds of the published tables were not used while
+the generator was designed.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def main() -> None:
         for number, result in enumerate(pool.imap_unordered(_run, tasks), start=1):
             index, seed, accuracy = result
             accuracies.setdefault(index, []).append(accuracy)
-            print(f"{number}/{len(tasks)} {SPACE[index]} seed {seed}: {accuracy:.2f} %, {time.perf_counter() - started:.0f} s", flush=True)
+            seconds = time.perf_counter() - started
+            print(f"{number}/{len(tasks)} {SPACE[index]} seed {seed}: {accuracy:.2f} %, {seconds:.0f} s", flush=True)
     default = SPACE.macs(SPACE.default)
     rows = [
         {
@@ -91,13 +93,16 @@ def main() -> None:
     ]
     if arguments.out:
         with arguments.out.open("w", newline="") as file:
-            file.write(f"# bmsn {arguments.variant} set, resnet14-cifar10 trained alone: benchmarks/builtin_truth.py, generator seeds ")
-            file.write(f"{arguments.seeds}, {arguments.images} training images each, torch {torch.__version__}\n")
+            file.write(
+                f"# synthetic:{arguments.variant}, resnet14-cifar10 trained alone by benchmarks/builtin_truth.py: "
+            )
+            file.write(f"seeds {arguments.seeds}, {arguments.images} training images each, torch {torch.__version__}\n")
             writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
     for row in sorted(rows, key=lambda row: -row["accuracy_mean"]):
-        print(f"[{row['stage_depths'].replace('-', ',')}]  {row['accuracy_mean']:.2f} ± {row['accuracy_std'] or 0:.2f}  {row['macs_ratio']:.2f}x")
+        architecture = SPACE.find(row["stage_depths"])
+        print(f"{architecture}  {row['accuracy_mean']:.2f} ± {row['accuracy_std'] or 0:.2f}  {row['macs_ratio']:.2f}x")
     if len(rows) > 2:
         tau = stats.kendalltau([r["macs_ratio"] for r in rows], [r["accuracy_mean"] for r in rows]).statistic
         print(f"tau-b with MACs: {tau:.3f}")

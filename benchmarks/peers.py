@@ -1,7 +1,8 @@
 """What the end-to-end benchmarks compare with, and how: interleaved rounds, median ratio and its spread.
 
-"The authors' way" is what the code released with the paper does: one architecture at a time, float32, NCHW, eager, BatchNorm
-without affine step. It is written here with torch.nn and gets its weights from our supernet, so that both sides compute the same.
+"The authors' way" is what the code released with the paper does: one architecture at a time, float32, NCHW, eager,
+BatchNorm without affine step. It is written here with torch.nn and gets its weights from our supernet, so that both
+sides compute the same.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from bmsn.space import Architecture
 
 
 class EagerNet(nn.Module):
-    """One architecture of a supernet of basic blocks with torch's own modules; `memory_format` and dtype as it is moved."""
+    """One architecture of a supernet of basic blocks, with torch's own modules; float32 and NCHW until it is moved."""
 
     def __init__(self, nets: SupernetMixture, architecture: Architecture, supernet: int = 0) -> None:
         super().__init__()
@@ -35,7 +36,10 @@ class EagerNet(nn.Module):
                 block[conv.name + "_norm"] = nn.BatchNorm2d(shape[0], affine=False, track_running_stats=False)
             self.layers.append(block)
         self.head = nn.Linear(space.out_channels, nets.num_classes)
-        self.head.weight, self.head.bias = nn.Parameter(weights.head_weight.clone()), nn.Parameter(weights.head_bias.clone())
+        self.head.weight, self.head.bias = (
+            nn.Parameter(weights.head_weight.clone()),
+            nn.Parameter(weights.head_bias.clone()),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.layers):

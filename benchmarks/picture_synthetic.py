@@ -1,6 +1,6 @@
 """Draws examples of the built-in set: a row for each class, a panel for each variant.
 
-    python benchmarks/picture_synthetic.py OUT.png
+python benchmarks/picture_synthetic.py OUT.png
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """bmsn: where should a CNN downsample? A balanced mixture of supernets ranks all pooling architectures.
 
-    import bmsn
-    space = bmsn.SearchSpace.named("resnet20-cifar10")
-    nets = bmsn.SupernetMixture(space, num_supernets=4, num_classes=10)
-    scores = bmsn.score_architectures(nets, images, labels)
-    result = bmsn.run_search(bmsn.SearchConfig(...), data)
-    net = bmsn.build_network(space, result.best.architecture)
+import bmsn
+space = bmsn.SearchSpace.named("resnet20-cifar10")
+nets = bmsn.SupernetMixture(space, num_supernets=4, num_classes=10)
+scores = bmsn.score_architectures(nets, images, labels)
+result = bmsn.run_search(bmsn.SearchConfig(...), data)
+net = bmsn.build_network(space, result.best.architecture)
 """
 
 from bmsn.backend import backend_report

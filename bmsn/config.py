@@ -189,21 +189,42 @@ _PRESETS = {
     "default": _Preset(
         epochs=100,
         fields=dict(
-            batch_size=256, lr=0.1, min_lr=1e-3, momentum=0.9, weight_decay=1e-3, schedule="inverse", balance_every=1, score="best"
+            batch_size=256,
+            lr=0.1,
+            min_lr=1e-3,
+            momentum=0.9,
+            weight_decay=1e-3,
+            schedule="inverse",
+            balance_every=1,
+            score="best",
         ),
         procedure=Procedure(),
     ),
     "paper": _Preset(
         epochs=100,
         fields=dict(
-            batch_size=256, lr=0.1, min_lr=0.0, momentum=0.9, weight_decay=1e-3, schedule="temperature", balance_every=1, score="best"
+            batch_size=256,
+            lr=0.1,
+            min_lr=0.0,
+            momentum=0.9,
+            weight_decay=1e-3,
+            schedule="temperature",
+            balance_every=1,
+            score="best",
         ),
         procedure=Procedure(tol=1e-4),
     ),
     "authors": _Preset(
         epochs=101,
         fields=dict(
-            batch_size=128, lr=0.1, min_lr=1e-3, momentum=0.9, weight_decay=0.0, schedule="inverse", balance_every="epoch", score="best"
+            batch_size=128,
+            lr=0.1,
+            min_lr=1e-3,
+            momentum=0.9,
+            weight_decay=0.0,
+            schedule="inverse",
+            balance_every="epoch",
+            score="best",
         ),
         procedure=Procedure(tol=1e-4, anneal="epoch"),
     ),

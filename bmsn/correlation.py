@@ -52,7 +52,9 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
         except (TypeError, ValueError):
             accuracy = math.nan
         if not 0 <= accuracy <= 100:
-            raise InputError(f"truth {source}: row {number}: accuracy_mean must be in [0, 100]; got {row['accuracy_mean']!r}")
+            raise InputError(
+                f"truth {source}: row {number}: accuracy_mean must be in [0, 100]; got {row['accuracy_mean']!r}"
+            )
         truth[index] = accuracy
     if len(truth) < 3:
         raise InputError(f"truth {source}: at least 3 architectures of {space.name} are needed; got {len(truth)}")
@@ -76,7 +78,12 @@ def agreement(predicted: Mapping[int, float], truth: Mapping[int, float], macs: 
     result: dict[str, Any] = {"n": len(common)}
     constant = [name for name, values in (("ranking", p), ("truth", t)) if len(common) < 2 or np.ptp(values) == 0]
     if constant:
-        result |= {"kendall_tau_b": None, "spearman": None, "partial_kendall": None, "undefined": f"constant {' and '.join(constant)}"}
+        result |= {
+            "kendall_tau_b": None,
+            "spearman": None,
+            "partial_kendall": None,
+            "undefined": f"constant {' and '.join(constant)}",
+        }
     else:
         tau = float(stats.kendalltau(p, t).statistic)
         result |= {"kendall_tau_b": tau, "spearman": float(stats.spearmanr(p, t).statistic)}
@@ -87,7 +94,9 @@ def agreement(predicted: Mapping[int, float], truth: Mapping[int, float], macs: 
     return result
 
 
-def partial_kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, given: Sequence[float] | np.ndarray) -> float | None:
+def partial_kendall(
+    x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray, given: Sequence[float] | np.ndarray
+) -> float | None:
     """Kendall's partial tau-b of x and y with `given` held fixed; None where `given` decides one of them."""
     if np.ptp(given) == 0:
         return float(stats.kendalltau(x, y).statistic)

@@ -150,7 +150,9 @@ def _checked(
             raise InputError(f"uint8 images must be (N, H, W, {mixture.in_channels}); got {tuple(images.shape)}")
         table = mixture.pixel_table.to(device, mixture.arena.dtype)
         images = torch.stack([table[images[..., c].to(device).int(), c] for c in range(mixture.in_channels)], 1)
-    check_images(mixture, images[len(images) // batch_size * batch_size :] if len(images) % batch_size else images[:batch_size])
+    check_images(
+        mixture, images[len(images) // batch_size * batch_size :] if len(images) % batch_size else images[:batch_size]
+    )
     if labels.shape != images.shape[:1] or labels.is_floating_point():
         raise InputError(f"labels must be {len(images)} integers; got {tuple(labels.shape)} of {labels.dtype}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < mixture.num_classes:
@@ -159,7 +161,7 @@ def _checked(
     return images.to(device), labels.to(device)
 
 
-# Running a plan on one batch. ------------------------------------------------------------------------------------------------
+# Running a plan on one batch. -----------------------------------------------------------------------------------------
 
 
 def _run(
@@ -200,10 +202,14 @@ def _runs(wave: Wave) -> Iterator[tuple[int, int]]:
     breaks = [0]
     for place in range(1, len(wave.states)):
         before, state = wave.states[place - 1], wave.states[place]
-        follows = state.parent is not None and before.parent is not None and (
-            state.parent == (before.parent.wave, before.parent.place + 1)
-            and state.supernet == before.supernet
-            and state.pools == before.pools
+        follows = (
+            state.parent is not None
+            and before.parent is not None
+            and (
+                state.parent == (before.parent.wave, before.parent.place + 1)
+                and state.supernet == before.supernet
+                and state.pools == before.pools
+            )
         )
         if not follows or place - breaks[-1] == wave.chunk:
             breaks.append(place)

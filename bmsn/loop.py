@@ -45,15 +45,21 @@ class SearchLoop:
         InputError: settings that do not fit the space or the data.
     """
 
-    def __init__(self, config: SearchConfig, data: ImageDataset, write: Callable[[dict[str, Any]], None] = lambda record: None) -> None:
+    def __init__(
+        self, config: SearchConfig, data: ImageDataset, write: Callable[[dict[str, Any]], None] = lambda record: None
+    ) -> None:
         self.config = config = config.filled()
         assert config.space and config.supernets and config.batch_size and config.epochs  # `filled` has seen to it
         self.data, self.write = data, write
         self.space = SearchSpace.named(config.space, pool=config.pool)
         if data.image_size % self.space.total_stride:
-            raise InputError(f"data {config.data}: images of {data.image_size} pixels; {config.space} needs a multiple of {self.space.total_stride}")
+            raise InputError(
+                f"data {config.data}: images of {data.image_size} pixels; {config.space} needs a multiple of {self.space.total_stride}"
+            )
         if config.evaluate_top > len(self.space):
-            raise InputError(f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; got {config.evaluate_top}")
+            raise InputError(
+                f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; got {config.evaluate_top}"
+            )
         self.truth = load_truth(config.truth, self.space) if config.truth else None
         self.macs = [self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space]
         self.device = resolve_device(config.device)
@@ -95,7 +101,7 @@ class SearchLoop:
         self._every = max(1, min(50, self.num_steps // 20))
         self._recent: list[tuple[float, float]] = []  # (loss, accuracy) since the last record
 
-    # One step. ---------------------------------------------------------------------------------------------------------------
+    # One step. --------------------------------------------------------------------------------------------------------
 
     def progress(self, step: int) -> float:
         if self.config.procedure.anneal == "epoch":
@@ -118,7 +124,9 @@ class SearchLoop:
         accuracy: float | None = None
         if math.isfinite(loss):
             self.nan_in_a_row = 0
-            accuracy = batch_accuracy(self.nets, architecture, supernet, *(t.to(self.device) for t in self.validation_stream.batch(step)))
+            accuracy = batch_accuracy(
+                self.nets, architecture, supernet, *(t.to(self.device) for t in self.validation_stream.batch(step))
+            )
             self._recent.append((loss, accuracy))
         else:
             self._skipped(architecture, supernet)
@@ -138,7 +146,12 @@ class SearchLoop:
     def _skipped(self, architecture: Architecture, supernet: int) -> None:
         self.nan_steps += 1
         self.nan_in_a_row += 1
-        _log.warning("step %d: the loss of %s with supernet %d is not finite; the update is skipped", self.step, architecture, supernet)
+        _log.warning(
+            "step %d: the loss of %s with supernet %d is not finite; the update is skipped",
+            self.step,
+            architecture,
+            supernet,
+        )
         if self.nan_in_a_row >= MAX_NAN_STEPS:
             raise RunStopped(
                 f"step {self.step}: the loss of architecture {architecture} with supernet {supernet} is not finite, "
@@ -179,7 +192,7 @@ class SearchLoop:
                 "supernet": {row.architecture.slug: row.supernet for row in ranked}, "truth": self.against_truth(ranked),
             })  # fmt: skip
 
-    # Scoring and ranking. ----------------------------------------------------------------------------------------------------
+    # Scoring and ranking. ---------------------------------------------------------------------------------------------
 
     def best_supernets(self) -> np.ndarray:
         """m* = argmax_m p(m|c) of each architecture."""
@@ -245,7 +258,7 @@ class SearchLoop:
             "missing": [a.slug for a in self.space if a.index not in self.truth],
         }
 
-    # Saving and going on. ----------------------------------------------------------------------------------------------------
+    # Saving and going on. ---------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on; no generator state."""

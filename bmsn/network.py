@@ -63,7 +63,12 @@ class SupernetMixture(nn.Module):
         ):
             if value < bound:
                 raise InputError(f"{field} must be at least {bound}; got {value}")
-        self.space, self.num_supernets, self.num_classes, self.in_channels = space, num_supernets, num_classes, in_channels
+        self.space, self.num_supernets, self.num_classes, self.in_channels = (
+            space,
+            num_supernets,
+            num_classes,
+            in_channels,
+        )
         self._conv_shapes = [
             (*shape[:1], in_channels if shape[1] == 0 else shape[1], *shape[2:])
             for shape in ([(space.stem_width, in_channels, 7, 7)] if space.stem == "large" else [])
@@ -80,7 +85,9 @@ class SupernetMixture(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, supernet by supernet."""
         for supernet in range(self.num_supernets):
-            convs, head = self.arena[supernet].split([self._num_conv_weights, self.arena.shape[1] - self._num_conv_weights])
+            convs, head = self.arena[supernet].split(
+                [self._num_conv_weights, self.arena.shape[1] - self._num_conv_weights]
+            )
             for flat, (out_channels, _, kh, kw) in zip(convs.split(self._sizes), self._conv_shapes, strict=True):
                 flat.normal_(0.0, (2.0 / (out_channels * kh * kw)) ** 0.5, generator=generator)
             bound = self.space.out_channels**-0.5
@@ -97,7 +104,10 @@ class SupernetMixture(nn.Module):
         convs, head = row.split([self._num_conv_weights, row.numel() - self._num_conv_weights])
         flat = convs.to(dtype).split(self._sizes)
         shaped = iter(
-            [w.view(o, kh, kw, i).permute(0, 3, 1, 2) for w, (o, i, kh, kw) in zip(flat, self._conv_shapes, strict=True)]
+            [
+                w.view(o, kh, kw, i).permute(0, 3, 1, 2)
+                for w, (o, i, kh, kw) in zip(flat, self._conv_shapes, strict=True)
+            ]
         )
         stem = next(shaped) if self.space.stem == "large" else None
         layers = tuple({conv.name: next(shaped) for conv in layer.convolutions} for layer in self.space.layers)
@@ -123,7 +133,9 @@ class SupernetMixture(nn.Module):
         if not 0 <= supernet < self.num_supernets:
             raise InputError(f"supernet must be in 0..{self.num_supernets - 1}; got {supernet}")
         check_images(self, images)
-        return self.forward_row(self.arena[supernet], images.contiguous(memory_format=torch.channels_last), architecture)
+        return self.forward_row(
+            self.arena[supernet], images.contiguous(memory_format=torch.channels_last), architecture
+        )
 
     def forward_row(self, row: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
         """`forward` with the weights of one row (P,), unchecked; `images` in channels_last."""
@@ -151,7 +163,9 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
         raise InputError(f"images must be float32, bfloat16 or float64; got {images.dtype}")
     pixels = images.shape[0] * (images.shape[2] // stride) * (images.shape[3] // stride)
     if pixels < 2:
-        raise InputError(f"a statistics group needs at least 2 values a channel; the last map of {images.shape[0]} images has {pixels}")
+        raise InputError(
+            f"a statistics group needs at least 2 values a channel; the last map of {images.shape[0]} images has {pixels}"
+        )
 
 
 def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str | None) -> Tensor:
@@ -175,7 +189,7 @@ def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str 
     return norm_add_relu(y, x, normalise_shortcut=False)
 
 
-# One architecture alone: plain torch, nothing of bmsn inside. ----------------------------------------------------------------
+# One architecture alone: plain torch, nothing of bmsn inside. ---------------------------------------------------------
 
 
 def build_network(
@@ -193,7 +207,11 @@ def build_network(
     layers: list[nn.Module] = []
     for index, layer in enumerate(space.layers):
         downsample = space.pool if index in architecture.pool_positions else None
-        block = _conv_norm(layer.main[0], 1, in_channels) if layer.kind == "stem" else ResidualBlock(layer, downsample == "stride")
+        block = (
+            _conv_norm(layer.main[0], 1, in_channels)
+            if layer.kind == "stem"
+            else ResidualBlock(layer, downsample == "stride")
+        )
         if layer.kind == "stem":
             block.append(nn.ReLU(inplace=True))
         if downsample in ("max", "avg"):
@@ -203,7 +221,9 @@ def build_network(
     if space.stem == "large":
         width = space.stem_width
         conv = nn.Conv2d(in_channels, width, 7, stride=2, padding=3, bias=False)
-        network.add_module("stem", nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)))
+        network.add_module(
+            "stem", nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1))
+        )
     network.add_module("layers", nn.Sequential(*layers))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(space.out_channels, num_classes))
     network.add_module("head", head)
@@ -236,7 +256,12 @@ class ResidualBlock(nn.Module):
 def _conv_norm(conv: Convolution, stride: int, in_channels: int = 0) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(
-            conv.in_channels or in_channels, conv.out_channels, conv.kernel, stride=stride, padding=conv.kernel // 2, bias=False
+            conv.in_channels or in_channels,
+            conv.out_channels,
+            conv.kernel,
+            stride=stride,
+            padding=conv.kernel // 2,
+            bias=False,
         ),
         nn.BatchNorm2d(conv.out_channels),
     )

@@ -117,16 +117,20 @@ class EvaluationPlan:
         self._tops = [0, 0]  # bytes in use on the two sides
         self._arena_bytes = self._peak = 0
         self._ends: list[tuple[int, int, int]] = []  # of each wave: side, start and end on that side
-        needs = [self._state_bytes(0, 0) + max(self._workspace(0, 0, 1), self._need(node, alone=True)) for node in roots]
+        needs = [
+            self._state_bytes(0, 0) + max(self._workspace(0, 0, 1), self._need(node, alone=True)) for node in roots
+        ]
         if max(needs) > self._cap:
-            raise InputError(f"max_bytes must be at least {max(needs)} for this space, batch size and dtype; got {max_bytes}")
+            raise InputError(
+                f"max_bytes must be at least {max(needs)} for this space, batch size and dtype; got {max_bytes}"
+            )
         self._descend(roots, 0, 0)
         self.waves = tuple(
             Wave(w.layer, w.num_pools, w.states, self._offset(i), w.state_bytes, w.chunk, w.heads)
             for i, w in enumerate(self._waves)
         )
 
-    # What a reader asks of a plan. -------------------------------------------------------------------------------------------
+    # What a reader asks of a plan. ------------------------------------------------------------------------------------
 
     @property
     def arena_bytes(self) -> int:
@@ -162,7 +166,7 @@ class EvaluationPlan:
         stride = 2**num_pools * (LARGE_STEM_STRIDE if self.space.stem == "large" else 1)
         return (self.space.layers[layer].out_channels, self.image_size[0] // stride, self.image_size[1] // stride)
 
-    # Making it. --------------------------------------------------------------------------------------------------------------
+    # Making it. -------------------------------------------------------------------------------------------------------
 
     def _tree(self, pairs: Sequence[Pair]) -> list[_Node]:
         """The roots (layer 0) of each supernet's prefix tree."""
@@ -176,7 +180,9 @@ class EvaluationPlan:
                 history = tuple(p for p in architecture.pool_positions if p <= layer)
                 node = node.children.setdefault(history, _Node(supernet, history, layer, node))
             if node.pairs:
-                raise InputError(f"pairs[{index}] repeats pairs[{node.pairs[0]}]: {architecture} with supernet {supernet}")
+                raise InputError(
+                    f"pairs[{index}] repeats pairs[{node.pairs[0]}]: {architecture} with supernet {supernet}"
+                )
             node.pairs.append(index)
         return [roots[key] for key in sorted(roots)]
 
@@ -187,7 +193,9 @@ class EvaluationPlan:
     def _workspace(self, layer: int, num_pools: int, states: int) -> int:
         """Upper bound of a layer's intermediate maps for so many states at a time, its pooled or strided input included."""
         biggest = self._state_bytes(layer, num_pools)
-        if layer == 0 and self.space.stem == "large":  # the stem's 7x7/2 map is four times its pooled output, per channel
+        if (
+            layer == 0 and self.space.stem == "large"
+        ):  # the stem's 7x7/2 map is four times its pooled output, per channel
             biggest = max(biggest, 4 * biggest * self.space.stem_width // self.space.layers[0].out_channels)
         elif layer > 0:
             inner = self.space.layers[layer].main[0].out_channels * biggest // self.space.layers[layer].out_channels
@@ -229,7 +237,14 @@ class EvaluationPlan:
         children = _ordered(children)
         while children:
             # As many at a time as fit; one always does, by the check at the start.
-            count = next((n for n in range(len(children), 1, -1) if self._fits(children[:n], frontier_bytes * (n == len(children)))), 1)
+            count = next(
+                (
+                    n
+                    for n in range(len(children), 1, -1)
+                    if self._fits(children[:n], frontier_bytes * (n == len(children)))
+                ),
+                1,
+            )
             part, children = children[:count], children[count:]
             start = self._tops[side]
             self._lay(part, side)

@@ -13,7 +13,17 @@ from bmsn.errors import InputError
 from bmsn.space import Architecture, SearchSpace
 
 SCHEMA_VERSION = 1
-CSV_COLUMNS = ("rank", "architecture", "accuracy", "supernet", "macs_ratio", "ema_accuracy", "standard_error", "ema_rank", "macs")
+CSV_COLUMNS = (
+    "rank",
+    "architecture",
+    "accuracy",
+    "supernet",
+    "macs_ratio",
+    "ema_accuracy",
+    "standard_error",
+    "ema_rank",
+    "macs",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,9 +120,15 @@ class SearchResult:
 
     def to_table(self) -> str:
         """The table that `python -m bmsn.search` prints."""
-        lines = [f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  {'a[c,m] rank':>11}"]
+        lines = [
+            f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  {'a[c,m] rank':>11}"
+        ]
         for row in self.ranking:
-            accuracy = "not scored" if row.accuracy is None else f"{100 * row.accuracy:6.2f} ± {100 * (row.standard_error or 0):.2f}"
+            accuracy = (
+                "not scored"
+                if row.accuracy is None
+                else f"{100 * row.accuracy:6.2f} ± {100 * (row.standard_error or 0):.2f}"
+            )
             ema = f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
             lines.append(
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet + 1:>8}  {row.macs_ratio:>5.2f}x  {ema:>11}"
@@ -130,10 +146,16 @@ class SearchResult:
     def _truth_lines(self) -> list[str]:
         if not self.truth:
             return []
-        lines = ["", f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   regret of top 1, 3, 5 (points)"]
+        lines = [
+            "",
+            f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   regret of top 1, 3, 5 (points)",
+        ]
         for name, label in (("ranking", "this ranking"), ("ema", "by a[c,m]"), ("macs", "by MACs alone")):
             figures = self.truth[name]
-            cells = [_number(figures[key], width) for key, width in (("kendall_tau_b", 7), ("spearman", 9), ("partial_kendall", 13))]
+            cells = [
+                _number(figures[key], width)
+                for key, width in (("kendall_tau_b", 7), ("spearman", 9), ("partial_kendall", 13))
+            ]
             regret = ", ".join(_number(figures[f"regret_top{k}"], 0) for k in (1, 3, 5))
             lines.append(f"{label:<20} {' '.join(cells)}   {regret}  (n = {figures['n']})")
         if self.truth["missing"]:

@@ -97,7 +97,13 @@ def _search(
             for difference in environment_differences(saved[1]["environment"], here):
                 _log.warning("resumed elsewhere, so not bit-exact: %s", difference)
         metrics.cut_back(loop.step)
-        _log.info("%s %s at step %d of %d", "resuming" if config.resume else "starting", folder.path, loop.step, loop.num_steps)
+        _log.info(
+            "%s %s at step %d of %d",
+            "resuming" if config.resume else "starting",
+            folder.path,
+            loop.step,
+            loop.num_steps,
+        )
 
     def save() -> None:
         if store is not None:

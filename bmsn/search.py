@@ -74,7 +74,12 @@ class Progress:
             f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  left {minutes}:{seconds:02d}  "
             f"1/tau {record['inverse_temperature']:.1f}  accuracy {accuracy}  entropy {record['entropy']:.3f}"
         )
-        print(f"\r\x1b[K{line}" if self._terminal else line, end="\n" if last or not self._terminal else "", file=sys.stderr, flush=True)
+        print(
+            f"\r\x1b[K{line}" if self._terminal else line,
+            end="\n" if last or not self._terminal else "",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +93,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         with SignalFlag() as signals:
             try:
-                result = run_search(command.search, should_stop=lambda: signals.signal_number is not None, progress=Progress())
+                result = run_search(
+                    command.search, should_stop=lambda: signals.signal_number is not None, progress=Progress()
+                )
             except Interrupted as stopped:
                 print(f"{PROGRAM}: {stopped}", file=sys.stderr)
                 return signals.exit_code

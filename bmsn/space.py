@@ -161,7 +161,9 @@ class SearchSpace(Sequence[Architecture]):
         self.num_layers, self.num_pools, self.widths = num_layers, num_pools, tuple(int(w) for w in widths)
         self.block, self.stem, self.pool, self.image_size, self.name = block, stem, pool, int(image_size), name
         if image_size < 1 or image_size % self.total_stride:
-            raise InputError(f"image_size must be a positive multiple of the total stride {self.total_stride}; got {image_size}")
+            raise InputError(
+                f"image_size must be a positive multiple of the total stride {self.total_stride}; got {image_size}"
+            )
         if default is None:
             short, longer = divmod(num_layers, num_pools + 1)
             default = [short + (stage < longer) for stage in range(num_pools + 1)]
@@ -189,7 +191,7 @@ class SearchSpace(Sequence[Architecture]):
             default=given.default,
         )
 
-    # A sequence of architectures. --------------------------------------------------------------------------------------------
+    # A sequence of architectures. -------------------------------------------------------------------------------------
 
     @cached_property
     def _architectures(self) -> tuple[Architecture, ...]:
@@ -210,9 +212,9 @@ class SearchSpace(Sequence[Architecture]):
         return self._architectures[index]
 
     def __contains__(self, architecture: object) -> bool:
-        return isinstance(architecture, Architecture) and self._architectures[architecture.index : architecture.index + 1] == (
-            architecture,
-        )
+        return isinstance(architecture, Architecture) and self._architectures[
+            architecture.index : architecture.index + 1
+        ] == (architecture,)
 
     def __repr__(self) -> str:
         return f"SearchSpace({self.name!r}, {len(self)} architectures, L={self.num_layers}, p={self.num_pools}, pool={self.pool!r})"
@@ -239,7 +241,7 @@ class SearchSpace(Sequence[Architecture]):
         if architecture not in self:
             raise InputError(f"architecture {architecture} (index {architecture.index}) is not in {self.name}")
 
-    # Layers, maps, cost. -----------------------------------------------------------------------------------------------------
+    # Layers, maps, cost. ----------------------------------------------------------------------------------------------
 
     @property
     def total_stride(self) -> int:
@@ -314,7 +316,7 @@ class SearchSpace(Sequence[Architecture]):
             total += 2 * affine * conv.out_channels
         return total
 
-    # The prefix tree. --------------------------------------------------------------------------------------------------------
+    # The prefix tree. -------------------------------------------------------------------------------------------------
 
     def prefix_tree(self, architectures: Sequence[Architecture] | None = None) -> tuple[tuple[State, ...], ...]:
         """States of each layer that these architectures (None: all) pass through: the same poolings so far, the same state.
@@ -326,7 +328,8 @@ class SearchSpace(Sequence[Architecture]):
         places: dict[tuple[int, ...], int] = {}
         for layer in range(self.num_layers):
             histories = {
-                tuple(p for p in a.pool_positions if p <= layer) for a in (self if architectures is None else architectures)
+                tuple(p for p in a.pool_positions if p <= layer)
+                for a in (self if architectures is None else architectures)
             }
             ordered = sorted(histories, key=lambda history: (len(history), history))
             parents = [places[tuple(p for p in h if p < layer)] if layer else -1 for h in ordered]
@@ -352,13 +355,17 @@ def _repeat(*pairs: tuple[int, int]) -> tuple[int, ...]:
 _NAMED = {
     "resnet14-cifar10": _Named(_repeat((16, 3), (32, 2), (64, 2)), (3, 2, 2), "basic", "small", "max", 32),
     "resnet20-cifar10": _Named(_repeat((16, 4), (32, 3), (64, 3)), (4, 3, 3), "basic", "small", "max", 32),
-    "resnet18-cifar10": _Named(_repeat((64, 3), (128, 2), (256, 2), (512, 2)), (3, 2, 2, 2), "basic", "small", "stride", 32),
+    "resnet18-cifar10": _Named(
+        _repeat((64, 3), (128, 2), (256, 2), (512, 2)), (3, 2, 2, 2), "basic", "small", "stride", 32
+    ),
     "resnet50-cifar100": _Named(
         _repeat((64, 4), (128, 4), (256, 6), (512, 3)), (4, 4, 6, 3), "bottleneck", "small", "stride", 32
     ),
     "resnet50-food101": _Named(
         _repeat((64, 3), (128, 4), (256, 6), (512, 3)), (3, 4, 6, 3), "bottleneck", "large", "stride", 224
     ),
-    "resnet18-imagenet": _Named(_repeat((64, 2), (128, 2), (256, 2), (512, 2)), (2, 2, 2, 2), "basic", "large", "stride", 224),
+    "resnet18-imagenet": _Named(
+        _repeat((64, 2), (128, 2), (256, 2), (512, 2)), (2, 2, 2, 2), "basic", "large", "stride", 224
+    ),
 }
 SPACES = tuple(_NAMED)

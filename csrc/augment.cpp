@@ -36,7 +36,7 @@ void augment_image(const std::uint8_t* image, BatchShape shape, std::int64_t top
     for (std::int64_t y = 0; y < shape.height; ++y) {
         T* const row = out + y * width * channels;
         const auto fill = [&](std::int64_t from, std::int64_t to) {
-            for (std::int64_t x = from; x < to; ++x) std::copy_n(table, channels, row + x * channels);
+            if (from < to) std::fill_n(row + from * channels, (to - from) * channels, T{});
         };
         if (y + top < 0 || y + top >= shape.height) {
             fill(0, width);

@@ -1,4 +1,5 @@
-// Training batches: gather, crop from a zero-padded image, flip, normalise by table, cast, in one pass.
+// Training batches: gather, crop from a padded image, flip, normalise by table, cast, in one pass. Padding is 0 after
+// normalisation.
 #pragma once
 
 #include <cstdint>

@@ -41,7 +41,9 @@ def visiting(function: Callable[..., Any], *, before: bool) -> Callable[..., Any
     return wrapped
 
 
-def save_watched(self: CheckpointStore, step: int, state: dict[str, Any], save: Callable[..., Any] = CheckpointStore.save) -> Any:
+def save_watched(
+    self: CheckpointStore, step: int, state: dict[str, Any], save: Callable[..., Any] = CheckpointStore.save
+) -> Any:
     global saving
     saving = True
     try:

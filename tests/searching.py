@@ -23,7 +23,9 @@ def write_tiny_set(path: Path, num_images: int = 128, seed: int = 0) -> str:
 
 def tiny_flags(spec: str, **changes: object) -> list[str]:
     """Flags of a search of 8 steps (2 epochs of 4) on the tiny set."""
-    settings: dict[str, object] = dict(space="resnet14-cifar10", data=spec, supernets=2, epochs=2, batch_size=16, device="cpu")
+    settings: dict[str, object] = dict(
+        space="resnet14-cifar10", data=spec, supernets=2, epochs=2, batch_size=16, device="cpu"
+    )
     settings |= changes
     flags = []
     for name, value in settings.items():
@@ -34,7 +36,11 @@ def tiny_flags(spec: str, **changes: object) -> list[str]:
 
 def start(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     """`python -m bmsn.search` or, with a first argument that ends in .py, that script, on one thread."""
-    command = [str(TESTS / arguments[0]), *arguments[1:]] if arguments[0].endswith(".py") else ["-m", "bmsn.search", *arguments]
+    command = (
+        [str(TESTS / arguments[0]), *arguments[1:]]
+        if arguments[0].endswith(".py")
+        else ["-m", "bmsn.search", *arguments]
+    )
     return subprocess.Popen(
         [sys.executable, *command],
         stdout=subprocess.PIPE,

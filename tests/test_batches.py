@@ -14,7 +14,7 @@ from bmsn.data import BatchStream, batches, normalisation, normalisation_table, 
 from bmsn.errors import InputError
 
 SHAPES = [  # (N, H, W, C)
-    (3, 2, 2, 1),  # smaller than the padding: some crops are all black
+    (3, 2, 2, 1),  # smaller than the padding: some crops are nothing else
     (5, 9, 9, 3),  # a ragged row
     (4, 8, 12, 5),  # a number of channels without a loop of its own, and not square
     (40, 64, 64, 3),  # enough to be run in parallel
@@ -48,7 +48,7 @@ def stream(images: np.ndarray, **changes) -> BatchStream:
 
 
 def transform_one(image: np.ndarray, top: int, left: int, flip: int) -> np.ndarray:
-    """Pads, cuts and flips one image; (H, W, C) uint8."""
+    """Pads, cuts and flips one normalised image; (H, W, C)."""
     height, width = image.shape[:2]
     crop = np.pad(image, ((4, 4), (4, 4), (0, 0)))[top : top + height, left : left + width]
     return crop[:, ::-1] if flip else crop
@@ -71,8 +71,9 @@ def test_every_crop_and_flip_is_that_of_the_plain_transform(shape, dtype, backen
     table = normalisation_table(*make_statistics(shape[3]))
     transform = {"cpp": batches.transform_cpp, "reference": batches.transform_reference}[backend]
     batch = transform(images, indices, offsets, flips, table, dtype)
-    plain = np.stack([transform_one(images[i], *o, f) for i, o, f in zip(indices, offsets, flips, strict=True)])
-    assert torch.equal(batch, normalise_plainly(plain, dtype))
+    normalised = normalise_plainly(images, torch.float32).permute(0, 2, 3, 1).numpy()
+    plain = np.stack([transform_one(normalised[i], *o, f) for i, o, f in zip(indices, offsets, flips, strict=True)])
+    assert torch.equal(batch, torch.from_numpy(plain).to(dtype).permute(0, 3, 1, 2))
     assert batch.dtype == dtype
     assert batch.is_contiguous(memory_format=torch.channels_last)
 

@@ -42,7 +42,11 @@ def test_partial_kendall_and_regret():
     figures = agreement(predicted, truth, dict.fromkeys(range(5), 1.0))
     assert figures["n"] == 5
     assert [figures[f"regret_top{k}"] for k in (1, 3, 5)] == [20.0, 10.0, 0.0]
-    assert figures["kendall_tau_b"] == figures["partial_kendall"] == pytest.approx(tau_b([5, 4, 3, 2, 1], [70, 60, 80, 75, 90]))
+    assert (
+        figures["kendall_tau_b"]
+        == figures["partial_kendall"]
+        == pytest.approx(tau_b([5, 4, 3, 2, 1], [70, 60, 80, 75, 90]))
+    )
 
 
 def test_a_constant_ranking_has_no_correlation_and_says_why():

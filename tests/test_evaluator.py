@@ -62,10 +62,14 @@ def test_low_precision_differs_by_rounding_ties_alone(dtype):
 
 def test_order_subset_and_memory_format_do_not_matter():
     nets, images, labels, pairs = make_case("resnet20-cifar10")
-    counts = dict(zip(pairs, score_architectures(nets, images, labels, pairs, batch_size=8).correct.tolist(), strict=True))
+    counts = dict(
+        zip(pairs, score_architectures(nets, images, labels, pairs, batch_size=8).correct.tolist(), strict=True)
+    )
     some = [pairs[k] for k in (50, 3, 17, 4)]
     channels_last = images.contiguous(memory_format=torch.channels_last)
-    assert score_architectures(nets, channels_last, labels, some, batch_size=8).correct.tolist() == [counts[p] for p in some]
+    assert score_architectures(nets, channels_last, labels, some, batch_size=8).correct.tolist() == [
+        counts[p] for p in some
+    ]
 
 
 def test_all_pairs_are_architecture_major():
@@ -78,7 +82,9 @@ def test_all_pairs_are_architecture_major():
 def test_uint8_images_are_normalised_inside():
     nets, _, labels, pairs = make_case("resnet14-cifar10")
     pixels = torch.randint(256, (20, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    nets.pixel_table = (torch.arange(256)[:, None] / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
+    nets.pixel_table = (torch.arange(256)[:, None] / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor(
+        [0.2, 0.25, 0.3]
+    )
     by_hand = (pixels.double() / 255 - torch.tensor([0.5, 0.4, 0.3])) / torch.tensor([0.2, 0.25, 0.3])
     expected = score_one_by_one(nets, by_hand.permute(0, 3, 1, 2), labels, pairs)
     assert score_architectures(nets, pixels, labels, pairs).correct.tolist() == expected.correct.tolist()
@@ -108,7 +114,9 @@ class PeakActivations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("name", "pool"), [("resnet20-cifar10", "max"), ("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg")])
+@pytest.mark.parametrize(
+    ("name", "pool"), [("resnet20-cifar10", "max"), ("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg")]
+)
 def test_memory_cap_is_respected(name, pool, dtype):
     nets, images, labels, pairs = make_case(name, pool, num_images=8, dtype=dtype)
     nets = nets.float()
@@ -151,7 +159,13 @@ def test_560_architectures_fit_under_2_gib():
     space = SearchSpace.named("resnet50-cifar100")
     for itemsize, maps in ((2, 9), (4, 5)):
         plan = EvaluationPlan(
-            space, [(a, 0) for a in space], batch_size=64, image_size=(32, 32), itemsize=itemsize, workspace_maps=maps, max_bytes=2**31
+            space,
+            [(a, 0) for a in space],
+            batch_size=64,
+            image_size=(32, 32),
+            itemsize=itemsize,
+            workspace_maps=maps,
+            max_bytes=2**31,
         )
         assert plan.peak_bytes <= 2**31
         assert plan.num_states == 3059
@@ -177,7 +191,11 @@ def test_560_architectures_fit_under_2_gib():
 def test_bad_input_is_named(change, words):
     nets, images, labels, pairs = make_case("resnet14-cifar10")
     a = nets.space[0]
-    special = {"twice": [(a, 0), (a, 0)], "other": [(SearchSpace.named("resnet20-cifar10")[0], 0)], "supernet": [(a, 2)]}
+    special = {
+        "twice": [(a, 0), (a, 0)],
+        "other": [(SearchSpace.named("resnet20-cifar10")[0], 0)],
+        "supernet": [(a, 2)],
+    }
     arguments = dict(images=images, labels=labels, pairs=pairs) | change
     if isinstance(arguments["pairs"], str):
         arguments["pairs"] = special[arguments["pairs"]]

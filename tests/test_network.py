@@ -15,7 +15,9 @@ from bmsn.network import SupernetMixture, build_network
 from bmsn.space import SPACES, SearchSpace
 
 
-def plain_resnet20(weights: list[torch.Tensor], head: tuple[torch.Tensor, torch.Tensor], pools: tuple[int, ...], x: torch.Tensor):
+def plain_resnet20(
+    weights: list[torch.Tensor], head: tuple[torch.Tensor, torch.Tensor], pools: tuple[int, ...], x: torch.Tensor
+):
     """ResNet-20 with batch statistics and no affine step, as a reader of the papers would write it: nothing of bmsn's."""
 
     def norm(t):
@@ -43,7 +45,9 @@ def test_supernet_agrees_with_a_plain_resnet20_for_all_architectures():
         for supernet in range(2):
             weights = nets.weights(nets.arena[supernet], torch.double)
             convs = [w for layer in weights.layers for w in layer.values()]
-            expected = plain_resnet20(convs, (weights.head_weight, weights.head_bias), architecture.pool_positions, images)
+            expected = plain_resnet20(
+                convs, (weights.head_weight, weights.head_bias), architecture.pool_positions, images
+            )
             torch.testing.assert_close(nets(images, architecture, supernet), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -59,7 +63,9 @@ def test_supernet_agrees_with_the_standalone_network(name, pool):
     for architecture in (space[0], space.default, space[len(space) - 1]):
         network = build_network(space, architecture, num_classes=4).double().train()
         weights = nets.weights(nets.arena[0], torch.double)
-        convs = ([] if weights.stem is None else [weights.stem]) + [w for layer in weights.layers for w in layer.values()]
+        convs = ([] if weights.stem is None else [weights.stem]) + [
+            w for layer in weights.layers for w in layer.values()
+        ]
         modules = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
         assert [m.weight.shape for m in modules] == [w.shape for w in convs]
         with torch.no_grad():

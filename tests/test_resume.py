@@ -41,7 +41,15 @@ def outcome(out: Path) -> tuple:
     step, state = saved
     records = [{k: v for k, v in r.items() if k != "train_seconds"} for r in read_metrics(out / "metrics.jsonl")]
     ranking = (out / "ranking.csv").read_text()
-    return step, result["scores"], result["ranking"], ranking, state["loop"]["arena"], state["loop"]["velocity"], records
+    return (
+        step,
+        result["scores"],
+        result["ranking"],
+        ranking,
+        state["loop"]["arena"],
+        state["loop"]["velocity"],
+        records,
+    )
 
 
 def assert_same(first: tuple, second: tuple) -> None:

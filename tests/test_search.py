@@ -36,7 +36,16 @@ def finished(spec, tmp_path_factory):
     truth = folder / "truth.csv"
     rows = [f"{a.slug},{80 + a.index / 10}" for a in bmsn.SearchSpace.named("resnet14-cifar10") if a.slug != "5-1-1"]
     truth.write_text("stage_depths,accuracy_mean\n" + "\n".join(rows) + "\n")
-    flags = tiny_flags(spec, epochs=15, fast_eval=True, score_every=5, refresh_every=7, truth=truth, out=folder / "run", tensorboard=True)
+    flags = tiny_flags(
+        spec,
+        epochs=15,
+        fast_eval=True,
+        score_every=5,
+        refresh_every=7,
+        truth=truth,
+        out=folder / "run",
+        tensorboard=True,
+    )
     code, out, err = run(*flags)
     assert code == 0, err
     return folder / "run", out, err
@@ -55,7 +64,10 @@ def test_result_files(finished):
     accuracies = [float(row["accuracy"]) for row in rows]
     assert accuracies == sorted(accuracies, reverse=True)
     assert accuracies[0] > 0.5  # chance is 0.25
-    by_pair = {(a, m): c for a, m, c in zip(*(result["scores"][k] for k in ("architecture", "supernet", "correct")), strict=True)}
+    by_pair = {
+        (a, m): c
+        for a, m, c in zip(*(result["scores"][k] for k in ("architecture", "supernet", "correct")), strict=True)
+    }
     for row, line in zip(rows, printed.splitlines()[1:], strict=False):
         count = by_pair[row["architecture"], int(row["supernet"])]
         assert float(row["accuracy"]) == count / 64
@@ -116,7 +128,11 @@ def test_score_pairs_and_evaluate_top(spec):
     pairs = search(spec, score="pairs", fast_eval=True)
     assert len(pairs.scores["correct"]) == 30
     for row in pairs.ranking:
-        counts = [c for a, c in zip(pairs.scores["architecture"], pairs.scores["correct"], strict=True) if a == row.architecture.slug]
+        counts = [
+            c
+            for a, c in zip(pairs.scores["architecture"], pairs.scores["correct"], strict=True)
+            if a == row.architecture.slug
+        ]
         assert row.accuracy == max(counts) / 64
     top = search(spec, evaluate_top=4, fast_eval=True)
     assert [row.accuracy is not None for row in top.ranking] == [True] * 4 + [False] * 11
@@ -158,7 +174,7 @@ def test_public_calls_leave_global_state_alone(spec):
         result.to_table()
 
 
-# Presets: each value of the published table. ---------------------------------------------------------------------------------
+# Presets: each value of the published table. --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +203,9 @@ def test_learning_rate_and_temperature_follow_the_schedules():
     from bmsn.trainer import learning_rate
 
     authors = SearchConfig(data="cifar10:x", space="resnet18-cifar10", preset="authors").filled().procedure
-    assert [learning_rate(p, 0.1, 0.0, authors) for p in (0.0, 0.49, 0.5, 0.75)] == pytest.approx([0.1, 0.1, 0.01, 0.001])
+    assert [learning_rate(p, 0.1, 0.0, authors) for p in (0.0, 0.49, 0.5, 0.75)] == pytest.approx(
+        [0.1, 0.1, 0.01, 0.001]
+    )
     default = SearchConfig().procedure
     assert [learning_rate(p, 0.1, 1e-3, default) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.0505, 1e-3])
 
@@ -200,7 +218,7 @@ def test_given_flags_win_over_preset_and_file(tmp_path, capsys):
     assert (printed["lr"], printed["seed"], printed["batch_size"], printed["supernets"]) == (0.2, 4, 128, 2)
 
 
-# Bad input: found before the first step, named, exit code 2. -----------------------------------------------------------------
+# Bad input: found before the first step, named, exit code 2. ----------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -232,7 +250,9 @@ def test_bad_values_are_named(spec, flags, words, capsys, tmp_path, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("flags", "word"), [(["--fast-evall"], "--fast-eval"), (["--lr", "fast"], "fast"), (["--device", "tpu"], "cpu")])
+@pytest.mark.parametrize(
+    ("flags", "word"), [(["--fast-evall"], "--fast-eval"), (["--lr", "fast"], "fast"), (["--device", "tpu"], "cpu")]
+)
 def test_unknown_flags_and_values_exit_with_2(flags, word, capsys):
     with pytest.raises(SystemExit) as caught:
         main(flags)
@@ -270,7 +290,7 @@ def test_truth_file_is_checked(spec, tmp_path, capsys):
         assert all(word in message for word in words), message
 
 
-# Failures on the way. --------------------------------------------------------------------------------------------------------
+# Failures on the way. -------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(spec, monkeypatch):

@@ -34,7 +34,12 @@ def test_every_architecture_has_all_its_poolings_and_the_final_map(name):
     seen = set()
     for index, architecture in enumerate(space):
         assert architecture.index == index
-        assert architecture == space.find(architecture.stage_depths) == space.find(str(architecture)) == space.find(architecture.slug)
+        assert (
+            architecture
+            == space.find(architecture.stage_depths)
+            == space.find(str(architecture))
+            == space.find(architecture.slug)
+        )
         assert len(architecture.pool_positions) == space.num_pools == len(set(architecture.pool_positions))
         assert 1 <= min(architecture.pool_positions) <= max(architecture.pool_positions) <= space.num_layers - 1
         assert sum(architecture.stage_depths) == space.num_layers
@@ -111,7 +116,10 @@ def test_stage_depths_are_read_in_three_forms(text, depths):
         (lambda: SearchSpace.named("resnet20-cifar10").find("4,6"), ["3 stage depths"]),
         (lambda: SearchSpace.named("resnet20-cifar10").find("4,0,6"), ["at least 1"]),
         (lambda: SearchSpace.named("resnet20-cifar10").find("four"), ["'four'", "4,3,3"]),
-        (lambda: SearchSpace.named("resnet20-cifar10").check(SearchSpace.named("resnet14-cifar10")[3]), ["not in resnet20"]),
+        (
+            lambda: SearchSpace.named("resnet20-cifar10").check(SearchSpace.named("resnet14-cifar10")[3]),
+            ["not in resnet20"],
+        ),
     ],
 )
 def test_bad_values_are_named(make, words):
@@ -128,4 +136,4 @@ def test_space_module_needs_no_torch():
     )
     from bmsn import space
 
-    subprocess.run([sys.executable, "-c", code, str(next(iter([space.__file__.rsplit('/', 1)[0]])))], check=True)
+    subprocess.run([sys.executable, "-c", code, str(next(iter([space.__file__.rsplit("/", 1)[0]])))], check=True)

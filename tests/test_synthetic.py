@@ -67,9 +67,12 @@ def grey(images: np.ndarray) -> np.ndarray:
     return images.mean(3).reshape(len(images), -1)
 
 
-@pytest.mark.parametrize(("features", "penalty"), [(histograms, 10.0), (grey, 3000.0)], ids=["histogram", "pixels"])
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_classes_need_neighbourhoods(variant, features, penalty):
+@pytest.mark.parametrize(
+    ("features", "penalty", "variant"),
+    # The large glyphs are larger than what they are moved by, so a linear classifier on pixels does see them.
+    [*((histograms, 10.0, variant) for variant in VARIANTS), (grey, 3000.0, "fine")],
+)
+def test_classes_need_neighbourhoods(features, penalty, variant):
     data = generate_synthetic(variant, NUM_TRAIN, NUM_TEST, seed=105)
     accuracy = ridge_accuracy(
         features(data.train_images), data.train_labels, features(data.test_images), data.test_labels, penalty

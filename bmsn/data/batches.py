@@ -14,7 +14,7 @@ from bmsn import rng
 from bmsn.backend import extension, resolve
 from bmsn.errors import InputError
 
-PADDING = 4  # black pixels on each side before the random crop
+PADDING = 4  # pixels on each side before the random crop, 0 after normalisation: the channel's mean
 DTYPES = (torch.float32, torch.bfloat16)
 _CHUNK_PIXELS = 1 << 22  # counted at a time: small enough for the cache, and for images larger than memory
 
@@ -71,7 +71,7 @@ class BatchStream:
         dtype: float32 or bfloat16.
         seed: of the run.
         purpose: keeps the randomness of this stream apart from that of others.
-        augment: crop at random from the image padded by 4 black pixels, and flip every other image left to right.
+        augment: crop at random from the image padded by 4 pixels of the mean colour, and flip every other image left to right.
         backend: see `bmsn.backend.resolve`.
     """
 
@@ -196,8 +196,9 @@ def transform_reference(
     columns = np.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:] - PADDING  # (B, W)
     inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
     rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
-    pixels = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]] * inside[..., None]  # (B, H, W, C)
+    pixels = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
     values = table.to(dtype)[torch.from_numpy(pixels).int(), torch.arange(channels)]
+    values[torch.from_numpy(~inside)] = 0
     return values.permute(0, 3, 1, 2)  # stored as NHWC: channels_last
 
 
