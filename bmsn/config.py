@@ -117,8 +117,9 @@ class SearchConfig:
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:
             raise InputError(f"min_lr must be at most lr = {self.lr}; got {self.min_lr}")
 
-    def filled(self) -> SearchConfig:
-        """The same with every None replaced by what the preset, the data set and the space say (`pool` None: the space's own).
+    def filled(self) -> FilledConfig:
+        """The same with every None replaced by what the preset, the data set and the space say (`pool` None: the
+        space's own).
 
         Raises:
             InputError: no space is given and the data set has no default one.
@@ -134,7 +135,9 @@ class SearchConfig:
             epochs *= supernets
         values = {**preset.fields, **special, "space": space, "supernets": supernets, "epochs": epochs}
         known = {field.name for field in fields(self)}
-        return replace(self, **{k: v for k, v in values.items() if k in known and getattr(self, k) is None})
+        given = {name: getattr(self, name) for name in known}
+        chosen = {k: v for k, v in values.items() if k in known and given[k] is None}
+        return FilledConfig(**given | chosen)
 
     @property
     def procedure(self) -> Procedure:
@@ -144,8 +147,26 @@ class SearchConfig:
         return replace(_PRESETS[self.preset].procedure, **{k: v for k, v in special.items() if k in known})
 
     def as_dict(self) -> dict[str, Any]:
-        """For YAML and JSON: plain values that reproduce the run; where it is kept (`out`, `resume`) is not among them."""
+        """For YAML and JSON: plain values that reproduce the run; where it is kept (`out`, `resume`) is not among
+        them."""
         return {name: value for name, value in asdict(self).items() if name not in ("out", "resume")}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledConfig(SearchConfig):
+    """A `SearchConfig` of which nothing but `pool`, `truth` and `out` can be None."""
+
+    space: str
+    supernets: int
+    epochs: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    momentum: float
+    weight_decay: float
+    schedule: Literal["inverse", "temperature"]
+    balance_every: int | Literal["epoch"]
+    score: Literal["best", "pairs"]
 
 
 def config_from_mapping(values: Mapping[str, Any], source: str) -> SearchConfig:
@@ -173,7 +194,8 @@ def load_config(path: Path) -> SearchConfig:
     return config_from_mapping(values or {}, f"config {path}")
 
 
-# Presets. Sources: Javan et al. 2023, section 3 and appendix ("paper"); the settings of the code released with it ("authors").
+# Presets. Sources: Javan et al. 2023, section 3 and appendix ("paper"); the settings of the code released with it
+# ("authors").
 
 _SYNTHETIC_EPOCHS = 16
 

@@ -69,9 +69,9 @@ def agreement(predicted: Mapping[int, float], truth: Mapping[int, float], macs: 
         truth: stand-alone accuracy.
         macs: multiply-accumulates, for the partial correlation.
     Returns:
-        n, kendall_tau_b, spearman, partial_kendall (given MACs), and regret_top1, 3, 5: the best true accuracy among the n less
-        the best among the first k of the ranking, in the truth's units. A figure that is not defined (a constant ranking) is
-        None, and `undefined` says why.
+        n, kendall_tau_b, spearman, partial_kendall (given MACs), and regret_top1, 3, 5: the best true accuracy among
+        the n less the best among the first k of the ranking, in the truth's units. A figure that is not defined (a
+        constant ranking) is None, and `undefined` says why.
     """
     common = sorted(set(predicted) & set(truth))
     p, t, m = (np.array([float(values[i]) for i in common]) for values in (predicted, truth, macs))

@@ -2,7 +2,8 @@
 
 
 class InputError(ValueError):
-    """Bad input: a flag, field, file, data set or run folder. The message names it and what is accepted. Exit code 2."""
+    """Bad input: a flag, field, file, data set or run folder. The message names it and what is accepted. Exit code
+    2."""
 
 
 class RunStopped(RuntimeError):

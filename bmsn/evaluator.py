@@ -1,14 +1,15 @@
 """Scores of all (architecture, supernet) pairs: `score_architectures` in one pass, `score_one_by_one` as its oracle.
 
-A score is the number of images that a pair classifies correctly. BatchNorm takes its statistics from each scoring batch of
-each architecture (a *statistics group*), in fixed order and of fixed size, so a score depends on weights, architecture, images
-and batch size only.
+A score is the number of images that a pair classifies correctly. BatchNorm takes its statistics from each scoring batch
+of each architecture (a *statistics group*), in fixed order and of fixed size, so a score depends on weights,
+architecture, images and batch size only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Literal
 
@@ -20,6 +21,8 @@ from bmsn.errors import InputError
 from bmsn.network import SupernetMixture, Weights, check_images
 from bmsn.ops.norm_relu import norm_add_relu, norm_relu
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
+
+DEFAULT_MAX_BYTES = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +68,15 @@ def score_architectures(
     Args:
         mixture: the supernets; images go to the device of its weights.
         images: (N, C, H, W) float32, bfloat16 or float64, normalised, in any memory format: their dtype is that of the
-            computation. Or uint8 (N, H, W, C): normalised by `mixture.pixel_table`, computed in float32 (float64 if the weights
-            are). H and W are multiples of `space.total_stride`.
+            computation. Or uint8 (N, H, W, C): normalised by `mixture.pixel_table`, computed in float32 (float64 if the
+            weights are). H and W are multiples of `space.total_stride`.
         labels: (N,) integers in [0, num_classes).
         pairs: (architecture, supernet index), each once; None: `all_pairs`.
         batch_size: images in a statistics group; the last, smaller batch is a group of its own.
         norm: "batch": statistics of the scoring batch.
         backend: "auto", "reference" or "cpp", for the passes between convolutions.
-        max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own workspace do
-            not count. None: what is fastest, about 1 GiB or one state's need if that is more.
+        max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own
+            workspace do not count. None: what is fastest, about 1 GiB or one state's need if that is more.
     Returns:
         Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16.
     Raises:
@@ -97,7 +100,8 @@ def score_architectures(
 def score_one_by_one(
     mixture: SupernetMixture, images: Tensor, labels: Tensor, pairs: Sequence[Pair] | None = None, batch_size: int = 256
 ) -> Scores:
-    """The oracle of `score_architectures`: every pair alone, by `mixture(batch, architecture, supernet)`. Same arguments."""
+    """The oracle of `score_architectures`: every pair alone, by `mixture(batch, architecture, supernet)`. Same
+    arguments."""
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
     correct = torch.zeros(len(pairs), dtype=torch.int64)
@@ -117,22 +121,22 @@ def make_plan(
     max_bytes: int | None = None,
 ) -> EvaluationPlan:
     """The plan that `score_architectures` runs for (N, C, H, W) `images`."""
-    # bfloat16 on the reference backend is computed in float32 on the way: twice the bytes a map.
-    settings = dict(
+    plan = partial(
+        EvaluationPlan,
+        mixture.space,
+        pairs,
         batch_size=min(batch_size, len(images)),
         image_size=(images.shape[2], images.shape[3]),
         itemsize=images.element_size(),
+        # bfloat16 may be computed in float32 on the way: twice the bytes a map.
         workspace_maps=5 if images.element_size() > 2 else 9,
     )
     if max_bytes is not None:
-        return EvaluationPlan(mixture.space, pairs, max_bytes=max_bytes, **settings)
+        return plan(max_bytes=max_bytes)
     try:
-        return EvaluationPlan(mixture.space, pairs, max_bytes=DEFAULT_MAX_BYTES, **settings)
-    except InputError:
-        return EvaluationPlan(mixture.space, pairs, **settings)
-
-
-DEFAULT_MAX_BYTES = 2**30
+        return plan(max_bytes=DEFAULT_MAX_BYTES)
+    except InputError:  # not even one state fits
+        return plan(max_bytes=None)
 
 
 def _checked(
@@ -198,7 +202,8 @@ def _map(plan: EvaluationPlan, wave: Wave, arena: Tensor, batch: Tensor) -> Tens
 
 
 def _runs(wave: Wave) -> Iterator[tuple[int, int]]:
-    """Runs [first, last) of at most `chunk` states that have one supernet, one kind of step and parents that lie in a row."""
+    """Runs [first, last) of at most `chunk` states that have one supernet, one kind of step and parents that lie in a
+    row."""
     breaks = [0]
     for place in range(1, len(wave.states)):
         before, state = wave.states[place - 1], wave.states[place]

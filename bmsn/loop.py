@@ -49,16 +49,17 @@ class SearchLoop:
         self, config: SearchConfig, data: ImageDataset, write: Callable[[dict[str, Any]], None] = lambda record: None
     ) -> None:
         self.config = config = config.filled()
-        assert config.space and config.supernets and config.batch_size and config.epochs  # `filled` has seen to it
         self.data, self.write = data, write
         self.space = SearchSpace.named(config.space, pool=config.pool)
         if data.image_size % self.space.total_stride:
             raise InputError(
-                f"data {config.data}: images of {data.image_size} pixels; {config.space} needs a multiple of {self.space.total_stride}"
+                f"data {config.data}: images of {data.image_size} pixels; "
+                f"{config.space} needs a multiple of {self.space.total_stride}"
             )
         if config.evaluate_top > len(self.space):
             raise InputError(
-                f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; got {config.evaluate_top}"
+                f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; "
+                f"got {config.evaluate_top}"
             )
         self.truth = load_truth(config.truth, self.space) if config.truth else None
         self.macs = [self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space]
@@ -70,7 +71,8 @@ class SearchLoop:
         streams = [
             BatchStream(
                 data.train_images, data.train_labels, indices, self.table,
-                batch_size=config.batch_size, dtype=self.dtype, seed=config.seed, purpose=purpose, augment=purpose == "train",
+                batch_size=config.batch_size, dtype=self.dtype, seed=config.seed, purpose=purpose,
+                augment=purpose == "train",
             )
             for purpose, indices in (("train", train), ("validation", self.validation))
         ]  # fmt: skip
@@ -173,23 +175,27 @@ class SearchLoop:
             p = self.mixture.assignment(self.inverse_temperature(step))
             self.write({
                 "kind": "step", "step": step, "epoch": step / self.steps_per_epoch,
-                "loss": float(np.mean(losses)) if losses else None, "accuracy": float(np.mean(accuracies)) if losses else None,
-                "lr": lr, "inverse_temperature": self.inverse_temperature(step), "entropy": float(entr(p).sum(1).mean()),
+                "loss": float(np.mean(losses)) if losses else None,
+                "accuracy": float(np.mean(accuracies)) if losses else None, "lr": lr,
+                "inverse_temperature": self.inverse_temperature(step), "entropy": float(entr(p).sum(1).mean()),
                 "load": p.mean(0), "mean_score": float(self.mixture.scores.mean()), "nan_steps": self.nan_steps,
                 "train_seconds": self.train_seconds,
             })  # fmt: skip
         if step in self._snapshots:
             self.write({
                 "kind": "mixture", "step": step, "scores": self.mixture.scores, "visits": self.mixture.visits,
-                "assignment": self.mixture.assignment(self.inverse_temperature(step)), "last_visit": self.mixture.last_visit,
+                "assignment": self.mixture.assignment(self.inverse_temperature(step)),
+                "last_visit": self.mixture.last_visit,
             })  # fmt: skip
         every = self.config.score_every * self.steps_per_epoch
         if every and step % every == 0 and step < self.num_steps:
             ranked = self.rank(self.score())
             self.write({
-                "kind": "ranking", "step": step, "epoch": step // self.steps_per_epoch, "best": ranked[0].architecture.slug,
+                "kind": "ranking", "step": step, "epoch": step // self.steps_per_epoch,
+                "best": ranked[0].architecture.slug,
                 "accuracy": {row.architecture.slug: row.accuracy for row in ranked},
-                "supernet": {row.architecture.slug: row.supernet for row in ranked}, "truth": self.against_truth(ranked),
+                "supernet": {row.architecture.slug: row.supernet for row in ranked},
+                "truth": self.against_truth(ranked),
             })  # fmt: skip
 
     # Scoring and ranking. ---------------------------------------------------------------------------------------------
@@ -215,7 +221,8 @@ class SearchLoop:
 
     def rank(self, scores: Scores) -> tuple[RankedArchitecture, ...]:
         """Architectures from best to worst by validation accuracy; those not scored follow, by a[c, m*]."""
-        best, counts = self.best_supernets(), {}
+        best = self.best_supernets()
+        counts: dict[int, tuple[int, int]] = {}
         for (architecture, supernet), count in zip(scores.pairs, scores.correct.tolist(), strict=True):
             if architecture.index not in counts or count > counts[architecture.index][0]:
                 counts[architecture.index] = (count, supernet)
@@ -227,8 +234,8 @@ class SearchLoop:
 
         rows = []
         for place, a in enumerate(sorted(self.space, key=key), start=1):
-            count, supernet = counts.get(a.index, (None, int(best[a.index])))
-            accuracy = None if count is None else count / scores.total
+            supernet = counts[a.index][1] if a.index in counts else int(best[a.index])
+            accuracy = counts[a.index][0] / scores.total if a.index in counts else None
             rows.append(
                 RankedArchitecture(
                     rank=place,
@@ -263,7 +270,8 @@ class SearchLoop:
     def state_dict(self) -> dict[str, Any]:
         """Everything the rest of the run depends on; no generator state."""
         return {
-            "step": self.step, "supernet": self.supernet, "arena": self.nets.arena.detach().cpu().clone(), "velocity": self.velocity.cpu().clone(),
+            "step": self.step, "supernet": self.supernet,
+            "arena": self.nets.arena.detach().cpu().clone(), "velocity": self.velocity.cpu().clone(),
             "mixture": self.mixture.state_dict(), "nan_steps": self.nan_steps, "nan_in_a_row": self.nan_in_a_row,
             "recent": [list(pair) for pair in self._recent], "train_seconds": self.train_seconds,
             "data_fingerprint": self.data.fingerprint,

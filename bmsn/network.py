@@ -1,4 +1,5 @@
-"""The networks: `SupernetMixture`, M sets of weights shared by all architectures of a space, and `build_network`, one alone.
+"""The networks: `SupernetMixture`, M sets of weights shared by all architectures of a space, and `build_network`, one
+alone.
 
 Source: Javan et al. 2023, sections 2 and 3; He et al. 2016 for the blocks. A supernet's BatchNorm uses batch statistics
 without an affine step, in training and in scoring; a standalone network has affine BatchNorm with running statistics.
@@ -19,7 +20,8 @@ from bmsn.space import Architecture, Convolution, Layer, SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One supernet's weights as views of its row: `stem` (large stems only), `layers[l][name]`, and the linear head in float32."""
+    """One supernet's weights as views of its row: `stem` (large stems only), `layers[l][name]`, and the linear head
+    in float32."""
 
     stem: Tensor | None
     layers: tuple[dict[str, Tensor], ...]
@@ -30,20 +32,21 @@ class Weights:
 class SupernetMixture(nn.Module):
     """M supernets of one space: weight sharing between architectures within a supernet, none between supernets.
 
-    All weights are the rows of one parameter `arena` (M, P), float32: for each convolution its weights in (O, kh, kw, I) order,
-    which is a channels_last (O, I, kh, kw) tensor, then the linear head's weights and bias. Views are made on the way, so
-    `.to()`, `deepcopy`, `state_dict` and pickling cannot part them from the arena. After `loss.backward()` the gradient of
-    supernet m is `arena.grad[m]`.
+    All weights are the rows of one parameter `arena` (M, P), float32: for each convolution its weights in (O, kh, kw,
+    I) order, which is a channels_last (O, I, kh, kw) tensor, then the linear head's weights and bias. Views are made on
+    the way, so `.to()`, `deepcopy`, `state_dict` and pickling cannot part them from the arena. After `loss.backward()`
+    the gradient of supernet m is `arena.grad[m]`.
 
-    `pixel_table` (256, C) float32 says what a uint8 pixel of each channel is after normalisation: [0, 1] until it is set. It is
-    data and no weight: saved with the module's state, not touched by `.to()`.
+    `pixel_table` (256, C) float32 says what a uint8 pixel of each channel is after normalisation: [0, 1] until it is
+    set. It is data and no weight: saved with the module's state, not touched by `.to()`.
 
     Args:
         space: the architectures.
         num_supernets: M, at least 1.
         num_classes: outputs of the head, at least 2.
         in_channels: channels of the images.
-        generator: draws the initial weights (Kaiming normal, fan-out; the head as `nn.Linear`); None: torch's default one.
+        generator: draws the initial weights (Kaiming normal, fan-out; the head as `nn.Linear`); None: torch's default
+            one.
     """
 
     def __init__(
@@ -120,8 +123,8 @@ class SupernetMixture(nn.Module):
         """Logits of one batch, which is one statistics group.
 
         Args:
-            images: (N, C, H, W), normalised, float32, bfloat16 or float64: the dtype of the computation. N*H*W of the last map
-                is at least 2; H and W are multiples of `space.total_stride`.
+            images: (N, C, H, W), normalised, float32, bfloat16 or float64: the dtype of the computation. N*H*W of the
+                last map is at least 2; H and W are multiples of `space.total_stride`.
             architecture: one of the space's.
             supernet: weight set, 0..M-1.
         Returns:
@@ -164,7 +167,8 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
     pixels = images.shape[0] * (images.shape[2] // stride) * (images.shape[3] // stride)
     if pixels < 2:
         raise InputError(
-            f"a statistics group needs at least 2 values a channel; the last map of {images.shape[0]} images has {pixels}"
+            f"a statistics group needs at least 2 values a channel; "
+            f"the last map of {images.shape[0]} images has {pixels}"
         )
 
 
@@ -195,11 +199,12 @@ def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str 
 def build_network(
     space: SearchSpace, architecture: Architecture, num_classes: int = 10, in_channels: int = 3
 ) -> nn.Sequential:
-    """The standalone network: affine BatchNorm with running statistics, plain torch modules, Kaiming fan-out initialisation.
+    """The standalone network: affine BatchNorm with running statistics, plain torch modules, Kaiming fan-out
+    initialisation.
 
     Returns:
-        A module from images (N, in_channels, H, W) to logits (N, num_classes). Children: `stem` (large stems only), `layers`
-        (L of them), `head`.
+        A module from images (N, in_channels, H, W) to logits (N, num_classes). Children: `stem` (large stems only),
+        `layers` (L of them), `head`.
     Raises:
         InputError: an architecture of another space.
     """
@@ -207,13 +212,11 @@ def build_network(
     layers: list[nn.Module] = []
     for index, layer in enumerate(space.layers):
         downsample = space.pool if index in architecture.pool_positions else None
-        block = (
-            _conv_norm(layer.main[0], 1, in_channels)
-            if layer.kind == "stem"
-            else ResidualBlock(layer, downsample == "stride")
-        )
+        block: nn.Module
         if layer.kind == "stem":
-            block.append(nn.ReLU(inplace=True))
+            block = _conv_norm(layer.main[0], 1, in_channels).append(nn.ReLU(inplace=True))
+        else:
+            block = ResidualBlock(layer, downsample == "stride")
         if downsample in ("max", "avg"):
             block = nn.Sequential(nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2), block)
         layers.append(block)
@@ -234,7 +237,8 @@ def build_network(
 
 
 class ResidualBlock(nn.Module):
-    """Basic block or bottleneck with affine BatchNorm; an identity shortcut that strides is subsampled without parameters."""
+    """Basic block or bottleneck with affine BatchNorm; an identity shortcut that strides is subsampled without
+    parameters."""
 
     def __init__(self, layer: Layer, strides: bool) -> None:
         super().__init__()

@@ -1,13 +1,15 @@
-"""`EvaluationPlan`: how to score many (architecture, supernet) pairs with each shared prefix computed once. No torch inside.
+"""`EvaluationPlan`: how to score many (architecture, supernet) pairs with each shared prefix computed once. No torch
+inside.
 
-Two architectures with the same poolings up to a layer have the same activation there, so the pairs of one supernet form a
-prefix tree. The plan walks it layer by layer; the states of a (layer, resolution) form one *wave*, stacked in one buffer. Where
-a layer's states do not fit under the memory cap together, it walks subtrees one after the other and reuses their memory.
+Two architectures with the same poolings up to a layer have the same activation there, so the pairs of one supernet form
+a prefix tree. The plan walks it layer by layer; the states of a (layer, resolution) form one *wave*, stacked in one
+buffer. Where a layer's states do not fit under the memory cap together, it walks subtrees one after the other and
+reuses their memory.
 
-All buffers lie in one block of memory with a stack growing from each end: a layer's states are written on the side opposite
-to their parents', so parents whose last child has been computed are on top of their stack and give their memory back at once.
-Children that pool come first, the one that keeps its resolution last: by then the parent can go, and a long unpooled chain
-needs no more than two of its maps.
+All buffers lie in one block of memory with a stack growing from each end: a layer's states are written on the side
+opposite to their parents', so parents whose last child has been computed are on top of their stack and give their
+memory back at once. Children that pool come first, the one that keeps its resolution last: by then the parent can go,
+and a long unpooled chain needs no more than two of its maps.
 """
 
 from __future__ import annotations
@@ -92,8 +94,8 @@ class EvaluationPlan:
         workspace_maps: how many maps of its own size, at the most, the computation of a state holds beside its result.
         chunk_bytes: intermediate maps of about this size are computed at a time.
     Raises:
-        InputError: no pairs, a pair twice, an architecture of another space, or `max_bytes` too small for one state (the
-            message says how much is needed).
+        InputError: no pairs, a pair twice, an architecture of another space, or `max_bytes` too small for one state
+            (the message says how much is needed).
     """
 
     def __init__(
@@ -156,8 +158,9 @@ class EvaluationPlan:
             channels, height, width = self.map_shape(wave.layer, wave.num_pools)
             pooling = sum(state.pools for state in wave.states)
             lines.append(
-                f"wave {number}: layer {wave.layer}, {len(wave.states)} states ({pooling} pool) of {channels}x{height}x{width}, "
-                f"{wave.chunk} at a time, at byte {wave.offset}, {len(wave.heads)} pairs end"
+                f"wave {number}: layer {wave.layer}, {len(wave.states)} states ({pooling} pool) of "
+                f"{channels}x{height}x{width}, {wave.chunk} at a time, "
+                f"at byte {wave.offset}, {len(wave.heads)} pairs end"
             )
         return "\n".join(lines)
 
@@ -191,7 +194,8 @@ class EvaluationPlan:
         return self.batch_size * channels * height * width * self.itemsize
 
     def _workspace(self, layer: int, num_pools: int, states: int) -> int:
-        """Upper bound of a layer's intermediate maps for so many states at a time, its pooled or strided input included."""
+        """Upper bound of a layer's intermediate maps for so many states at a time, its pooled or strided input
+        included."""
         biggest = self._state_bytes(layer, num_pools)
         if (
             layer == 0 and self.space.stem == "large"
@@ -226,14 +230,16 @@ class EvaluationPlan:
         return need
 
     def _fits(self, part: list[_Node], freed: int) -> bool:
-        """Whether `part` and then its subtrees fit under the cap; `freed` bytes of parents go once `part` is computed."""
+        """Whether `part` and then its subtrees fit under the cap; `freed` bytes of parents go once `part` is
+        computed."""
         own = sum(self._tops) + sum(self._state_bytes(node.layer, node.num_pools) for node in part)
         workspace = max(self._workspace(node.layer, node.num_pools, 1) for node in part)
         below = max(self._need(node, alone=len(part) == 1) for node in part)
         return own + workspace <= self._cap and own - freed + below <= self._cap
 
     def _descend(self, children: list[_Node], frontier_bytes: int, side: int) -> None:
-        """Lays down the waves of `children` (one layer, their parents alive on the other side) and all that is below them."""
+        """Lays down the waves of `children` (one layer, their parents alive on the other side) and all that is below
+        them."""
         children = _ordered(children)
         while children:
             # As many at a time as fit; one always does, by the check at the start.

@@ -131,13 +131,16 @@ class SearchResult:
             )
             ema = f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
             lines.append(
-                f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet + 1:>8}  {row.macs_ratio:>5.2f}x  {ema:>11}"
+                f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet:>8}  "
+                f"{row.macs_ratio:>5.2f}x  {ema:>11}"
             )
         best, total = self.best, self.timings["total_seconds"]
+        positions = ", ".join(map(str, best.architecture.pool_positions))
         lines += [
             "",
-            f"Best: {best.architecture} (pooling before layers {', '.join(map(str, best.architecture.pool_positions))}), "
-            f"{best.macs_ratio:.2f}x the MACs of the default. Validation accuracy within a supernet, not after retraining.",
+            f"Best: {best.architecture} (pooling before layers {positions}), "
+            f"{best.macs_ratio:.2f}x the MACs of the default. "
+            "Accuracies are within a supernet, on the validation half; not after retraining.",
             f"{self.data['name']}: {total:.0f} s in all, training {self.timings['train_seconds']:.0f} s "
             f"({self.timings['train_images_per_second']:.0f} images/s), scoring {self.timings['score_seconds']:.1f} s.",
         ]
@@ -148,7 +151,8 @@ class SearchResult:
             return []
         lines = [
             "",
-            f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   regret of top 1, 3, 5 (points)",
+            f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   "
+            "regret of top 1, 3, 5 (points)",
         ]
         for name, label in (("ranking", "this ranking"), ("ema", "by a[c,m]"), ("macs", "by MACs alone")):
             figures = self.truth[name]

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from bmsn.checkpoint import CheckpointStore, environment, environment_differences, write_atomically
-from bmsn.config import SearchConfig
+from bmsn.config import FilledConfig, SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError
 from bmsn.loop import SearchLoop
@@ -41,50 +41,49 @@ def run_search(
         config: settings; with `out`, the run is kept in that folder and can be resumed.
         data: the images; None: what `config.data` names.
         should_stop: asked after every step; True saves the state and raises Interrupted.
-        progress: called with every training record of metrics.jsonl, and `num_steps`, `images_per_second`, `seconds_left`.
+        progress: called with every training record of metrics.jsonl, and `num_steps`, `images_per_second`,
+            `seconds_left`.
     Returns:
         The result; with `resume` on a finished run, the stored one.
     Raises:
         InputError: settings, data or run folder that cannot be used; found before the first step where it can be.
-        RunStopped: 20 losses in a row that are not finite, or a balance that cannot be solved; the last checkpoint is kept.
+        RunStopped: 20 losses in a row that are not finite, or a balance that cannot be solved; the last checkpoint is
+            kept.
         Interrupted: `should_stop` said so.
     """
     started = time.perf_counter()
-    config = config.filled()
-    if config.tensorboard and config.out is None:
+    settings = config.filled()
+    if settings.tensorboard and settings.out is None:
         raise InputError("tensorboard needs out: the folder to write its events to")
-    if config.out is None:
-        return _search(config, _opened(config, data), None, should_stop, progress, started)
-    if config.resume:
-        folder = RunFolder.resume(config.out, config.as_dict(), ignore=_NOT_COMPARED)
-    else:
-        data = _opened(config, data)  # bad data is found before a folder is made
-        SearchLoop(config, data)  # and so are settings that do not fit it
-        folder = RunFolder.create(config.out, config.as_dict())
-    with folder:
-        if folder.is_finished:
-            return SearchResult.from_json(folder.result_path.read_text(), str(folder.result_path))
-        return _search(config, _opened(config, data), folder, should_stop, progress, started)
+    folder = None
+    try:
+        if settings.resume and settings.out is not None:
+            folder = RunFolder.resume(settings.out, settings.as_dict(), ignore=_NOT_COMPARED)
+            if folder.is_finished:
+                return SearchResult.from_json(folder.result_path.read_text(), str(folder.result_path))
+        loop = SearchLoop(settings, _open(settings) if data is None else data)
+        if settings.out is not None and folder is None:  # only now: bad input leaves no folder behind
+            folder = RunFolder.create(settings.out, settings.as_dict())
+        return _search(loop, folder, should_stop, progress, started)
+    finally:
+        if folder is not None:
+            folder.close()
 
 
-def _opened(config: SearchConfig, data: ImageDataset | None) -> ImageDataset:
-    if data is not None:
-        return data
-    assert config.space is not None
+def _open(config: FilledConfig) -> ImageDataset:
     resizes = config.data.split(":")[0] in ("parquet", "folder")
     return open_dataset(config.data, image_size=SearchSpace.named(config.space).image_size if resizes else None)
 
 
 def _search(
-    config: SearchConfig,
-    data: ImageDataset,
+    loop: SearchLoop,
     folder: RunFolder | None,
     should_stop: Callable[[], bool],
     progress: Callable[[dict[str, Any]], None],
     started: float,
 ) -> SearchResult:
     """Trains from the last checkpoint on, scores, and writes the result."""
-    loop = SearchLoop(config, data)
+    config, data = loop.config, loop.data
     here = environment(loop.device.type) | {"compute_dtype": str(loop.dtype).removeprefix("torch.")}
     store = metrics = None
     earlier = 0.0  # seconds of the processes that this one goes on for

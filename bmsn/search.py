@@ -40,7 +40,8 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Flags over `--config` over the stored settings of a run that is resumed. Exits with 2 on an unknown flag or value."""
+    """Flags over `--config` over the stored settings of a run that is resumed. Exits with 2 on an unknown flag or
+    value."""
     command = _parse(arguments, SearchConfig())
     if command.config is not None:
         return _parse(arguments, load_config(command.config))
@@ -71,8 +72,9 @@ class Progress:
         accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
         minutes, seconds = divmod(round(record["seconds_left"]), 60)
         line = (
-            f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  left {minutes}:{seconds:02d}  "
-            f"1/tau {record['inverse_temperature']:.1f}  accuracy {accuracy}  entropy {record['entropy']:.3f}"
+            f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  "
+            f"left {minutes}:{seconds:02d}  1/tau {record['inverse_temperature']:.1f}  accuracy {accuracy}  "
+            f"entropy {record['entropy']:.3f}"
         )
         print(
             f"\r\x1b[K{line}" if self._terminal else line,
@@ -107,7 +109,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: stopped: {error}", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:
-        # The result is in the run folder, if one was given; keep the interpreter from flushing into the closed pipe again.
+        # The result is in the run folder, if one was given; keep the interpreter from flushing into the closed pipe
+        # again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_STDOUT_CLOSED
     return 0

@@ -1,8 +1,8 @@
 """Search spaces: every way to place p poolings in a CNN of L layers. Knows nothing of torch.
 
-Source: Javan et al. 2023 (arXiv 2306.11982), section 2.1. A *layer* is a residual block; a small stem's convolution counts as
-layer 0, a large stem (7x7/2 convolution and 3x3/2 max-pool) is fixed and outside the L layers. Channel widths belong to the
-layer and not to the resolution, so all architectures of a space share one set of parameters.
+Source: Javan et al. 2023 (arXiv 2306.11982), section 2.1. A *layer* is a residual block; a small stem's convolution
+counts as layer 0, a large stem (7x7/2 convolution and 3x3/2 max-pool) is fixed and outside the L layers. Channel widths
+belong to the layer and not to the resolution, so all architectures of a space share one set of parameters.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import combinations
+from itertools import combinations, pairwise
 from math import comb
 from typing import Literal, get_args
 
@@ -54,7 +54,8 @@ class Convolution:
     """One convolution of a layer: no bias, padding kernel // 2, followed by a BatchNorm.
 
     Attributes:
-        stage: which map it writes where its layer strides: "before" the stride (a bottleneck's first 1x1), "at" it, or "after".
+        stage: which map it writes where its layer strides: "before" the stride (a bottleneck's first 1x1), "at" it, or
+            "after".
     """
 
     name: str
@@ -74,7 +75,8 @@ class Convolution:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Main path (`main`, in order) and projection shortcut (None: identity). The small stem is a layer with one convolution."""
+    """Main path (`main`, in order) and projection shortcut (None: identity). The small stem is a layer with one
+    convolution."""
 
     kind: Literal["stem", "basic", "bottleneck"]
     main: tuple[Convolution, ...]
@@ -124,10 +126,11 @@ class SearchSpace(Sequence[Architecture]):
     Args:
         num_layers: L, at least 2.
         num_pools: p, in 1..L-1.
-        widths: L channel counts, one a layer; a bottleneck's inner width (its output is 4 times as wide). With a large stem the
-            stem has widths[0] channels.
+        widths: L channel counts, one a layer; a bottleneck's inner width (its output is 4 times as wide). With a large
+            stem the stem has widths[0] channels.
         block: residual block, "basic" (two 3x3) or "bottleneck" (1x1, 3x3, 1x1).
-        stem: "small" (3x3 convolution, is layer 0) or "large" (7x7/2 convolution and 3x3/2 max-pool, outside the L layers).
+        stem: "small" (3x3 convolution, is layer 0) or "large" (7x7/2 convolution and 3x3/2 max-pool, outside the L
+            layers).
         pool: how a layer halves its input: 2x2 "max" or "avg" pooling before it, or a "stride" in it.
         image_size: pixels on a side; a multiple of `total_stride`.
         name: for messages and files.
@@ -171,7 +174,8 @@ class SearchSpace(Sequence[Architecture]):
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, pool: PoolKind | None = None) -> SearchSpace:
-        """A published space (`SPACES`), its widths times `width` (rounded, at least 1), its own `pool` unless one is given."""
+        """A published space (`SPACES`), its widths times `width` (rounded, at least 1), its own `pool` unless one is
+        given."""
         if name not in _NAMED:
             near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -200,7 +204,7 @@ class SearchSpace(Sequence[Architecture]):
 
     def _depths(self, positions: tuple[int, ...]) -> tuple[int, ...]:
         bounds = (0, *positions, self.num_layers)
-        return tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
+        return tuple(after - before for before, after in pairwise(bounds))
 
     def __len__(self) -> int:
         return comb(self.num_layers - 1, self.num_pools)
@@ -212,12 +216,13 @@ class SearchSpace(Sequence[Architecture]):
         return self._architectures[index]
 
     def __contains__(self, architecture: object) -> bool:
-        return isinstance(architecture, Architecture) and self._architectures[
-            architecture.index : architecture.index + 1
-        ] == (architecture,)
+        if not isinstance(architecture, Architecture) or not 0 <= architecture.index < len(self):
+            return False
+        return self._architectures[architecture.index] == architecture
 
     def __repr__(self) -> str:
-        return f"SearchSpace({self.name!r}, {len(self)} architectures, L={self.num_layers}, p={self.num_pools}, pool={self.pool!r})"
+        shape = f"L={self.num_layers}, p={self.num_pools}, pool={self.pool!r}"
+        return f"SearchSpace({self.name!r}, {len(self)} architectures, {shape})"
 
     def find(self, stage_depths: Sequence[int] | str) -> Architecture:
         """The architecture with these stage depths, given as numbers or as `4,3,3`, `4-3-3` or `[4,3,3]`."""
@@ -225,10 +230,11 @@ class SearchSpace(Sequence[Architecture]):
         positions = tuple(sum(depths[: stage + 1]) for stage in range(len(depths) - 1))
         if len(depths) != self.num_pools + 1 or min(depths) < 1 or sum(depths) != self.num_layers:
             raise InputError(
-                f"architecture {depths} is not in {self.name}: expected {self.num_pools + 1} stage depths of at least 1 "
-                f"that sum to {self.num_layers}"
+                f"architecture {depths} is not in {self.name}: expected {self.num_pools + 1} stage depths "
+                f"of at least 1 that sum to {self.num_layers}"
             )
-        # Rank of a combination in lexicographic order: those that differ first at place k by a smaller element come before.
+        # Rank of a combination in lexicographic order: those that differ first at place k by a smaller element come
+        # before.
         index, previous = 0, 0
         for place, position in enumerate(positions):
             for smaller in range(previous + 1, position):
@@ -259,8 +265,11 @@ class SearchSpace(Sequence[Architecture]):
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """The L layers; a large stem is not among them. The images' channels are not known here: a small stem's is 0."""
-        layers, channels = [], self.stem_width
+        """The L layers; a large stem is not among them. The images' channels are not known here: a small stem's is
+        0."""
+        layers: list[Layer] = []
+        channels = self.stem_width
+        main: tuple[Convolution, ...]
         for index, width in enumerate(self.widths):
             if index == 0 and self.stem == "small":
                 layers.append(Layer("stem", (Convolution("conv", 0, width, 3, "at"),), None))
@@ -319,10 +328,11 @@ class SearchSpace(Sequence[Architecture]):
     # The prefix tree. -------------------------------------------------------------------------------------------------
 
     def prefix_tree(self, architectures: Sequence[Architecture] | None = None) -> tuple[tuple[State, ...], ...]:
-        """States of each layer that these architectures (None: all) pass through: the same poolings so far, the same state.
+        """States of each layer that these architectures (None: all) pass through: the same poolings so far, the same
+        state.
 
-        Returns one tuple of states a layer, ordered by number of poolings and then lexicographically, so that states of one
-        resolution stand together. The last layer's states are the architectures themselves.
+        Returns one tuple of states a layer, ordered by number of poolings and then lexicographically, so that states of
+        one resolution stand together. The last layer's states are the architectures themselves.
         """
         waves: list[tuple[State, ...]] = []
         places: dict[tuple[int, ...], int] = {}

@@ -1,4 +1,5 @@
-"""Nothing lost when a run dies: killed anywhere and resumed, a search ends with the scores and weights of an undisturbed one."""
+"""Nothing lost when a run dies: killed anywhere and resumed, a search ends with the scores and weights of an
+undisturbed one."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from searching import run, start, tiny_flags, write_tiny_set
 
-# (place, which time): at a step between checkpoints, inside the first and a later checkpoint, between a checkpoint and the
-# metrics line after it, before a metrics line, in the final scoring.
+# (place, which time): at a step between checkpoints, inside the first and a later checkpoint, between a checkpoint and
+# the metrics line after it, before a metrics line, in the final scoring.
 KILLS = [("step", 2), ("fsync", 1), ("saved", 2), ("fsync", 6), ("metrics", 4), ("step", 1), ("score", 1)]
 
 

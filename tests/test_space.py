@@ -14,7 +14,8 @@ from bmsn.errors import InputError
 from bmsn.network import build_network
 from bmsn.space import SPACES, SearchSpace, parse_stage_depths
 
-# (architectures, default, final map, prefix-tree states, groups): the published table of spaces and the design's count of states.
+# (architectures, default, final map, prefix-tree states, groups): the published table of spaces and the design's count
+# of states.
 TABLE = {
     "resnet14-cifar10": (15, (3, 2, 2), 8, 55, 15),
     "resnet20-cifar10": (36, (4, 3, 3), 8, 164, 24),

@@ -71,7 +71,8 @@ class BatchStream:
         dtype: float32 or bfloat16.
         seed: of the run.
         purpose: keeps the randomness of this stream apart from that of others.
-        augment: crop at random from the image padded by 4 pixels of the mean colour, and flip every other image left to right.
+        augment: crop at random from the image padded by 4 pixels of the mean colour, and flip every other image left to
+            right.
         backend: see `bmsn.backend.resolve`.
     """
 

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100 as distributed: the binary layout, or pickles, of which only plain data is read.
 
-Source: A. Krizhevsky 2009, "Learning multiple layers of features from tiny images"; https://www.cs.toronto.edu/~kriz/cifar.html
+Source: A. Krizhevsky 2009, "Learning multiple layers of features from tiny images";
+https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 from __future__ import annotations
