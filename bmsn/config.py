@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -143,7 +143,7 @@ class SearchConfig:
     def procedure(self) -> Procedure:
         """The preset's part of the method that has no flag of its own."""
         special = _SPECIAL.get((self.preset, self.space or ""), {})
-        known = {field.name for field in fields(Procedure)}
+        known = {entry.name for entry in fields(Procedure)}
         return replace(_PRESETS[self.preset].procedure, **{k: v for k, v in special.items() if k in known})
 
     def as_dict(self) -> dict[str, Any]:
@@ -154,24 +154,25 @@ class SearchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FilledConfig(SearchConfig):
-    """A `SearchConfig` of which nothing but `pool`, `truth` and `out` can be None."""
+    """What `SearchConfig.filled` returns: settings that a search can start from, none of these left open."""
 
-    space: str
-    supernets: int
-    epochs: int
-    batch_size: int
-    lr: float
-    min_lr: float
-    momentum: float
-    weight_decay: float
-    schedule: Literal["inverse", "temperature"]
-    balance_every: int | Literal["epoch"]
-    score: Literal["best", "pairs"]
+    # `field()`: required, where a bare redeclaration would inherit the default None.
+    space: str = field()
+    supernets: int = field()
+    epochs: int = field()
+    batch_size: int = field()
+    lr: float = field()
+    min_lr: float = field()
+    momentum: float = field()
+    weight_decay: float = field()
+    schedule: Literal["inverse", "temperature"] = field()
+    balance_every: int | Literal["epoch"] = field()
+    score: Literal["best", "pairs"] = field()
 
 
 def config_from_mapping(values: Mapping[str, Any], source: str) -> SearchConfig:
     """A config from what a YAML file holds. Raises InputError for an unknown key, naming the nearest known one."""
-    known = [field.name for field in fields(SearchConfig)]
+    known = [entry.name for entry in fields(SearchConfig)]
     for key in values:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import csv
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from bmsn.errors import InputError
 from bmsn.space import SearchSpace
@@ -85,8 +86,7 @@ def agreement(predicted: Mapping[int, float], truth: Mapping[int, float], macs: 
             "undefined": f"constant {' and '.join(constant)}",
         }
     else:
-        tau = float(stats.kendalltau(p, t).statistic)
-        result |= {"kendall_tau_b": tau, "spearman": float(stats.spearmanr(p, t).statistic)}
+        result |= {"kendall_tau_b": _kendall(p, t), "spearman": float(_stats().spearmanr(p, t).statistic)}
         result["partial_kendall"] = partial_kendall(p, t, m)
     order = np.argsort(-p, kind="stable")
     for k in (1, 3, 5):
@@ -99,8 +99,19 @@ def partial_kendall(
 ) -> float | None:
     """Kendall's partial tau-b of x and y with `given` held fixed; None where `given` decides one of them."""
     if np.ptp(given) == 0:
-        return float(stats.kendalltau(x, y).statistic)
-    xy, xz, yz = (float(stats.kendalltau(a, b).statistic) for a, b in ((x, y), (x, given), (y, given)))
+        return _kendall(x, y)
+    xy, xz, yz = _kendall(x, y), _kendall(x, given), _kendall(y, given)
     if max(abs(xz), abs(yz)) > 1 - 1e-9:
         return None
     return (xy - xz * yz) / math.sqrt((1 - xz**2) * (1 - yz**2))
+
+
+def _kendall(x: Sequence[float] | np.ndarray, y: Sequence[float] | np.ndarray) -> float:
+    return float(_stats().kendalltau(x, y).statistic)
+
+
+def _stats() -> ModuleType:
+    """scipy.stats, imported at first use: it takes half a second and changes the process's warning filters."""
+    with warnings.catch_warnings():
+        from scipy import stats
+    return stats

@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import entr
 
 from bmsn.config import SearchConfig
 from bmsn.correlation import agreement, load_truth
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, normalise, split_halves
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores, all_pairs, score_architectures, score_one_by_one
-from bmsn.mixture import BalancedMixture, inverse_temperature
+from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
 from bmsn.network import SupernetMixture
 from bmsn.ops.balance import BalanceError
 from bmsn.result import RankedArchitecture
@@ -177,7 +176,7 @@ class SearchLoop:
                 "kind": "step", "step": step, "epoch": step / self.steps_per_epoch,
                 "loss": float(np.mean(losses)) if losses else None,
                 "accuracy": float(np.mean(accuracies)) if losses else None, "lr": lr,
-                "inverse_temperature": self.inverse_temperature(step), "entropy": float(entr(p).sum(1).mean()),
+                "inverse_temperature": self.inverse_temperature(step), "entropy": mean_entropy(p),
                 "load": p.mean(0), "mean_score": float(self.mixture.scores.mean()), "nan_steps": self.nan_steps,
                 "train_seconds": self.train_seconds,
             })  # fmt: skip

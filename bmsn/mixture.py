@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.special import entr
 
 from bmsn.backend import extension, resolve
 from bmsn.errors import InputError
@@ -43,6 +42,11 @@ def inverse_temperature(progress: float, schedule: str, num_supernets: int) -> f
     if schedule == "inverse":
         return 1 + 99 * progress
     return 1 / ((1 - progress) + progress / (100 * num_supernets))
+
+
+def mean_entropy(assignment: NDArray[np.float64]) -> float:
+    """Mean over the rows of p(m|c), (C, M), of their entropy in nats; 0 log 0 = 0."""
+    return float(-(assignment * np.log(np.where(assignment > 0, assignment, 1.0))).sum(axis=1).mean())
 
 
 class BalancedMixture:
@@ -214,7 +218,7 @@ class BalancedMixture:
 
     def entropy(self, inverse_temperature: float) -> float:
         """Mean over c of the entropy of p(.|c), in nats: log(M) undecided, 0 assigned."""
-        return float(entr(self.assignment(inverse_temperature)).sum(axis=1).mean())
+        return mean_entropy(self.assignment(inverse_temperature))
 
     def best_supernet(self, inverse_temperature: float) -> NDArray[np.int64]:
         """argmax_m p(m|c) of each architecture, (C,); of equal ones the first."""

@@ -53,6 +53,12 @@ def save_watched(
         saving = False
 
 
+def score_watched(self: SearchLoop, score: Callable[..., Any] = SearchLoop.score) -> Any:
+    if self.step == self.num_steps:
+        visit()
+    return score(self)
+
+
 def fsync_watched(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> None:
     if saving:
         visit()
@@ -61,12 +67,13 @@ def fsync_watched(descriptor: int, fsync: Callable[[int], None] = os.fsync) -> N
 
 if place == "fsync":
     CheckpointStore.save, os.fsync = save_watched, fsync_watched  # type: ignore[method-assign]
+elif place == "score":
+    SearchLoop.score = score_watched  # type: ignore[method-assign]
 else:
     owner, name, before = {
         "step": (SearchLoop, "advance", False),
         "saved": (CheckpointStore, "save", False),
         "metrics": (MetricsFile, "write", True),
-        "score": (SearchLoop, "score", True),
     }[place]
     setattr(owner, name, visiting(getattr(owner, name), before=before))
 sys.exit(bmsn.search.main(flags))
