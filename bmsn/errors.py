@@ -2,8 +2,7 @@
 
 
 class InputError(ValueError):
-    """Bad input: a flag, field, file, data set or run folder. The message names it and what is accepted. Exit code
-    2."""
+    """Bad input: a flag, field, file, data set or run folder. The message says what is accepted. Exit code 2."""
 
 
 class RunStopped(RuntimeError):

@@ -100,8 +100,7 @@ def score_architectures(
 def score_one_by_one(
     mixture: SupernetMixture, images: Tensor, labels: Tensor, pairs: Sequence[Pair] | None = None, batch_size: int = 256
 ) -> Scores:
-    """The oracle of `score_architectures`: every pair alone, by `mixture(batch, architecture, supernet)`. Same
-    arguments."""
+    """The oracle of `score_architectures`, same arguments: every pair alone, by the mixture's `forward`."""
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
     correct = torch.zeros(len(pairs), dtype=torch.int64)
@@ -202,8 +201,7 @@ def _map(plan: EvaluationPlan, wave: Wave, arena: Tensor, batch: Tensor) -> Tens
 
 
 def _runs(wave: Wave) -> Iterator[tuple[int, int]]:
-    """Runs [first, last) of at most `chunk` states that have one supernet, one kind of step and parents that lie in a
-    row."""
+    """Runs [first, last) of at most `chunk` states with one supernet, one kind of step and parents in a row."""
     breaks = [0]
     for place in range(1, len(wave.states)):
         before, state = wave.states[place - 1], wave.states[place]

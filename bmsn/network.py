@@ -1,5 +1,4 @@
-"""The networks: `SupernetMixture`, M sets of weights shared by all architectures of a space, and `build_network`, one
-alone.
+"""The networks: `SupernetMixture`, M sets of weights shared by a space's architectures, and `build_network`, one alone.
 
 Source: Javan et al. 2023, sections 2 and 3; He et al. 2016 for the blocks. A supernet's BatchNorm uses batch statistics
 without an affine step, in training and in scoring; a standalone network has affine BatchNorm with running statistics.
@@ -20,8 +19,7 @@ from bmsn.space import Architecture, Convolution, Layer, SearchSpace
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """One supernet's weights as views of its row: `stem` (large stems only), `layers[l][name]`, and the linear head
-    in float32."""
+    """Views of one supernet's row: `stem` (large stems only), `layers[l][name]`, and the linear head in float32."""
 
     stem: Tensor | None
     layers: tuple[dict[str, Tensor], ...]
@@ -199,8 +197,7 @@ def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str 
 def build_network(
     space: SearchSpace, architecture: Architecture, num_classes: int = 10, in_channels: int = 3
 ) -> nn.Sequential:
-    """The standalone network: affine BatchNorm with running statistics, plain torch modules, Kaiming fan-out
-    initialisation.
+    """The standalone network: plain torch modules, affine BatchNorm with running statistics, Kaiming fan-out weights.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes). Children: `stem` (large stems only),
@@ -237,8 +234,7 @@ def build_network(
 
 
 class ResidualBlock(nn.Module):
-    """Basic block or bottleneck with affine BatchNorm; an identity shortcut that strides is subsampled without
-    parameters."""
+    """Basic block or bottleneck with affine BatchNorm; an identity shortcut that strides subsamples, no parameters."""
 
     def __init__(self, layer: Layer, strides: bool) -> None:
         super().__init__()

@@ -1,5 +1,4 @@
-"""`EvaluationPlan`: how to score many (architecture, supernet) pairs with each shared prefix computed once. No torch
-inside.
+"""`EvaluationPlan`: how to score (architecture, supernet) pairs, each shared prefix computed once. No torch inside.
 
 Two architectures with the same poolings up to a layer have the same activation there, so the pairs of one supernet form
 a prefix tree. The plan walks it layer by layer; the states of a (layer, resolution) form one *wave*, stacked in one
@@ -194,8 +193,7 @@ class EvaluationPlan:
         return self.batch_size * channels * height * width * self.itemsize
 
     def _workspace(self, layer: int, num_pools: int, states: int) -> int:
-        """Upper bound of a layer's intermediate maps for so many states at a time, its pooled or strided input
-        included."""
+        """Upper bound of a layer's intermediate maps for so many states at a time, with its pooled or strided input."""
         biggest = self._state_bytes(layer, num_pools)
         if (
             layer == 0 and self.space.stem == "large"
@@ -230,16 +228,14 @@ class EvaluationPlan:
         return need
 
     def _fits(self, part: list[_Node], freed: int) -> bool:
-        """Whether `part` and then its subtrees fit under the cap; `freed` bytes of parents go once `part` is
-        computed."""
+        """Whether `part`, then its subtrees fit under the cap; `freed` bytes of parents go once `part` is computed."""
         own = sum(self._tops) + sum(self._state_bytes(node.layer, node.num_pools) for node in part)
         workspace = max(self._workspace(node.layer, node.num_pools, 1) for node in part)
         below = max(self._need(node, alone=len(part) == 1) for node in part)
         return own + workspace <= self._cap and own - freed + below <= self._cap
 
     def _descend(self, children: list[_Node], frontier_bytes: int, side: int) -> None:
-        """Lays down the waves of `children` (one layer, their parents alive on the other side) and all that is below
-        them."""
+        """Lays down the waves of `children` (one layer, parents alive on the other side) and all that is below them."""
         children = _ordered(children)
         while children:
             # As many at a time as fit; one always does, by the check at the start.

@@ -136,7 +136,6 @@ class SearchResult:
             )
         best, total = self.best, self.timings["total_seconds"]
         positions = ", ".join(map(str, best.architecture.pool_positions))
-        positions = ", ".join(map(str, best.architecture.pool_positions))
         lines += [
             "",
             f"Best: {best.architecture} (pooling before layers {positions}), "

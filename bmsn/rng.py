@@ -11,8 +11,7 @@ import numpy as np
 
 
 def generator(seed: int, purpose: str, step: int = 0) -> np.random.Generator:
-    """A generator for one purpose at one step; its first draws do not overlap with those of any other step (2^128
-    apart)."""
+    """A generator for one purpose at one step; its first draws overlap with no other step's (2^128 apart)."""
     key = int.from_bytes(hashlib.blake2b(f"{seed}/{purpose}".encode(), digest_size=16).digest(), "little")
     return np.random.Generator(np.random.Philox(key=key, counter=step << 128))
 

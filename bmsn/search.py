@@ -40,8 +40,7 @@ class Command:
 
 
 def parse(arguments: Sequence[str]) -> Command:
-    """Flags over `--config` over the stored settings of a run that is resumed. Exits with 2 on an unknown flag or
-    value."""
+    """Flags over `--config` over the stored settings of a resumed run. Exits with 2 on an unknown flag or value."""
     command = _parse(arguments, SearchConfig())
     if command.config is not None:
         return _parse(arguments, load_config(command.config))

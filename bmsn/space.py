@@ -75,8 +75,7 @@ class Convolution:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Main path (`main`, in order) and projection shortcut (None: identity). The small stem is a layer with one
-    convolution."""
+    """Main path, in order, and projection shortcut (None: identity). The small stem is a layer with one convolution."""
 
     kind: Literal["stem", "basic", "bottleneck"]
     main: tuple[Convolution, ...]
@@ -174,8 +173,7 @@ class SearchSpace(Sequence[Architecture]):
 
     @classmethod
     def named(cls, name: str, *, width: float = 1.0, pool: PoolKind | None = None) -> SearchSpace:
-        """A published space (`SPACES`), its widths times `width` (rounded, at least 1), its own `pool` unless one is
-        given."""
+        """A published space (`SPACES`), its widths times `width` (rounded, at least 1); `pool` None: its own."""
         if name not in _NAMED:
             near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.4)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -265,8 +263,7 @@ class SearchSpace(Sequence[Architecture]):
 
     @cached_property
     def layers(self) -> tuple[Layer, ...]:
-        """The L layers; a large stem is not among them. The images' channels are not known here: a small stem's is
-        0."""
+        """The L layers, without a large stem. A small stem has 0 input channels: the images' are not known here."""
         layers: list[Layer] = []
         channels = self.stem_width
         main: tuple[Convolution, ...]
@@ -328,8 +325,7 @@ class SearchSpace(Sequence[Architecture]):
     # The prefix tree. -------------------------------------------------------------------------------------------------
 
     def prefix_tree(self, architectures: Sequence[Architecture] | None = None) -> tuple[tuple[State, ...], ...]:
-        """States of each layer that these architectures (None: all) pass through: the same poolings so far, the same
-        state.
+        """States of each layer that these architectures (None: all) pass through; the same poolings so far: one state.
 
         Returns one tuple of states a layer, ordered by number of poolings and then lexicographically, so that states of
         one resolution stand together. The last layer's states are the architectures themselves.

@@ -31,8 +31,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def learning_rate(progress: float, lr: float, min_lr: float, procedure: Procedure) -> float:
-    """Learning rate at `progress` in [0, 1) of the training: cosine from `lr` to `min_lr`, or steps at the
-    milestones."""
+    """Learning rate at `progress` in [0, 1): cosine from `lr` to `min_lr`, or steps at the milestones."""
     if procedure.milestones:
         return lr * procedure.factor ** sum(progress >= milestone for milestone in procedure.milestones)
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))

@@ -1,5 +1,4 @@
-"""A search that kills itself with SIGKILL: `killed_search.py PLACE COUNT FLAGS...`, at the COUNT-th time it comes to
-PLACE.
+"""A search that kills itself with SIGKILL the COUNT-th time it comes to PLACE: `killed_search.py PLACE COUNT FLAGS...`.
 
 Places: step (after a training step), fsync (within the writing of a checkpoint), saved (a checkpoint is written,
 nothing after it), metrics (a metrics record is about to be written), score (the final scoring).

@@ -18,8 +18,7 @@ from bmsn.space import SPACES, SearchSpace
 def plain_resnet20(
     weights: list[torch.Tensor], head: tuple[torch.Tensor, torch.Tensor], pools: tuple[int, ...], x: torch.Tensor
 ):
-    """ResNet-20 with batch statistics and no affine step, as a reader of the papers would write it: nothing of
-    bmsn's."""
+    """ResNet-20 with batch statistics and no affine step, as a reader of the papers writes it: nothing of bmsn's."""
 
     def norm(t):
         return F.batch_norm(t, None, None, training=True, eps=1e-5)

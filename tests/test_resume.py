@@ -1,5 +1,4 @@
-"""Nothing lost when a run dies: killed anywhere and resumed, a search ends with the scores and weights of an
-undisturbed one."""
+"""Nothing is lost when a run dies: killed anywhere and resumed, a search ends as an undisturbed one does."""
 
 from __future__ import annotations
 

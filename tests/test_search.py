@@ -200,6 +200,13 @@ def test_presets_are_the_published_ones(preset, space, expected, procedure):
     assert {name: getattr(config.procedure, name) for name in procedure} == procedure
 
 
+def test_the_built_in_set_has_settings_of_its_own():
+    config = SearchConfig().filled()
+    assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 128)
+    assert SearchConfig(preset="paper").filled().batch_size == 256
+    assert SearchConfig(supernets=3, batch_size=64).filled().epochs == 54
+
+
 def test_learning_rate_and_temperature_follow_the_schedules():
     from bmsn.trainer import learning_rate
 
