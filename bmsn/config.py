@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
+from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.space import PoolKind
 
@@ -122,9 +123,9 @@ class SearchConfig:
         space's own).
 
         Raises:
-            InputError: no space is given and the data set has no default one.
+            InputError: an unknown scheme of `data`, or no space is given and the data set has no default one.
         """
-        synthetic = self.data.split(":")[0] == "synthetic"
+        synthetic = split_spec(self.data)[0] == "synthetic"
         space = self.space or ("resnet14-cifar10" if synthetic else None)
         if space is None:
             raise InputError(f"space must be given for data {self.data!r} (only synthetic data has a default one)")

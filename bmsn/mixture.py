@@ -46,7 +46,8 @@ def inverse_temperature(progress: float, schedule: str, num_supernets: int) -> f
 
 def mean_entropy(assignment: NDArray[np.float64]) -> float:
     """Mean over the rows of p(m|c), (C, M), of their entropy in nats; 0 log 0 = 0."""
-    return float(-(assignment * np.log(np.where(assignment > 0, assignment, 1.0))).sum(axis=1).mean())
+    negative = (assignment * np.log(np.where(assignment > 0, assignment, 1.0))).sum(axis=1).mean()
+    return 0.0 - float(negative)  # and not -0.0 where there is one supernet
 
 
 class BalancedMixture:

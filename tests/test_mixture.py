@@ -242,3 +242,9 @@ def test_schedules() -> None:
         inverse_temperature(0.5, "invers", 4)
     with pytest.raises(InputError, match=r"progress is 1\.5"):
         inverse_temperature(1.5, "inverse", 4)
+
+
+def test_entropy_of_one_supernet_is_a_plain_zero() -> None:
+    entropy = BalancedMixture(num_architectures=3, num_supernets=1).entropy(10.0)
+    assert math.copysign(1.0, entropy) == 1.0
+    assert entropy == 0.0

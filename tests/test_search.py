@@ -282,6 +282,8 @@ def test_unknown_keys_are_refused_with_the_nearest(tmp_path, capsys):
 def test_space_is_required_for_other_data(capsys):
     assert main(["--data", "cifar10:x"]) == 2
     assert "space must be given" in capsys.readouterr().err
+    assert main(["--data", "synthetik"]) == 2
+    assert "did you mean 'synthetic'" in capsys.readouterr().err
 
 
 def test_truth_file_is_checked(spec, tmp_path, capsys):

@@ -38,9 +38,7 @@ def open_dataset(spec: str, *, image_size: int | None = None) -> ImageDataset:
     Raises:
         InputError: naming what is wrong: the scheme, the file, the row.
     """
-    scheme, _, rest = spec.partition(":")
-    if scheme not in SCHEMES:
-        raise InputError(f"data: unknown scheme {scheme!r}{_nearest(scheme, SCHEMES)}; accepted: {', '.join(SCHEMES)}")
+    scheme, rest = split_spec(spec)
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size must be at least 1; got {image_size}")
     data = _generate(rest or "default") if scheme == "synthetic" else _read(scheme, rest, image_size)
@@ -50,6 +48,14 @@ def open_dataset(spec: str, *, image_size: int | None = None) -> ImageDataset:
             f"{image_size}; only parquet: and folder: resize"
         )
     return data
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Scheme and the rest of scheme:path. Raises InputError for an unknown scheme, naming the nearest."""
+    scheme, _, rest = spec.partition(":")
+    if scheme not in SCHEMES:
+        raise InputError(f"data: unknown scheme {scheme!r}{_nearest(scheme, SCHEMES)}; accepted: {', '.join(SCHEMES)}")
+    return scheme, rest
 
 
 def _generate(variant: str) -> ImageDataset:
