@@ -30,6 +30,8 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
     "augment": ("cpp", "reference"),
     "norm_relu": ("cpp", "reference"),
+    "batch_statistics": ("cpp", "reference"),
+    "bn_add_relu_pool": ("cpp", "reference"),
 }
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -19,8 +18,11 @@ from torch import Tensor
 
 from bmsn.errors import InputError
 from bmsn.network import SupernetMixture, Weights, check_images
-from bmsn.ops.norm_relu import norm_add_relu, norm_relu
+from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
+from bmsn.ops.conv_bn import batch_statistics, conv_bn
+from bmsn.ops.norm_relu import norm_relu
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
+from bmsn.space import SearchSpace
 
 DEFAULT_MAX_BYTES = 2**30
 
@@ -177,82 +179,94 @@ def _run(
     backend: str,
 ) -> None:
     """Adds each pair's correct classifications of one batch (channels_last) to `correct`."""
-    maps = [_map(plan, wave, arena, batch) for wave in plan.waves]
-    for wave, out in zip(plan.waves, maps, strict=True):
-        for first, last in _runs(wave):
-            state = wave.states[first]
-            if state.parent is None:
-                source = batch
-            else:
-                parent = state.parent
-                source = maps[parent.wave][parent.place * len(batch) : (parent.place + last - first) * len(batch)]
-            result = _layer(plan, wave.layer, weights[state.supernet], source, state, last - first, backend)
-            out[first * len(batch) : last * len(batch)] = result
-        if wave.heads:
-            _count(wave, out, weights, labels, correct)
+    for wave in plan.waves:
+        source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else batch.shape[1:]
+        shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
+        for run in _runs(wave):
+            state, groups = run[0], len(run)
+
+            def stacked(offset: int | None, shape: tuple[int, ...], groups: int = groups) -> Tensor | None:
+                return None if offset is None else _maps(plan, arena, offset, groups, shape, batch)
+
+            source = batch if state.source is None else stacked(state.source, source_shape)
+            assert source is not None
+            full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
+            w = weights[state.supernet]
+            ends = _layer(plan.space, wave, w, source, groups, full, pooled, backend)
+            if state.pair is not None:
+                features = ends.mean((2, 3), dtype=w.head_weight.dtype)
+                right = F.linear(features, w.head_weight, w.head_bias).argmax(1).view(groups, -1) == labels
+                correct[[state.pair for state in run]] += right.sum(1)
 
 
-def _map(plan: EvaluationPlan, wave: Wave, arena: Tensor, batch: Tensor) -> Tensor:
-    """A wave's buffer as (states * N, C, H, W), channels_last."""
-    channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
-    shape = (len(wave.states) * len(batch), height, width, channels)
-    num_bytes = shape[0] * height * width * channels * batch.element_size()
-    return arena[wave.offset : wave.offset + num_bytes].view(batch.dtype).view(shape).permute(0, 3, 1, 2)
+def _maps(
+    plan: EvaluationPlan, arena: Tensor, offset: int, groups: int, shape: tuple[int, ...], batch: Tensor
+) -> Tensor:
+    """The maps of `groups` states that begin at byte `offset`, as (groups * N, C, H, W), channels_last."""
+    channels, height, width = shape
+    start = offset // plan.batch_size * len(batch)  # the last batch may be smaller
+    size = groups * len(batch) * height * width * channels * batch.element_size()
+    maps = arena[start : start + size].view(batch.dtype).view(groups * len(batch), height, width, channels)
+    return maps.permute(0, 3, 1, 2)
 
 
-def _runs(wave: Wave) -> Iterator[tuple[int, int]]:
-    """Runs [first, last) of at most `chunk` states with one supernet, one kind of step and parents in a row."""
-    breaks = [0]
-    for place in range(1, len(wave.states)):
-        before, state = wave.states[place - 1], wave.states[place]
-        follows = (
-            state.parent is not None
-            and before.parent is not None
-            and (
-                state.parent == (before.parent.wave, before.parent.place + 1)
-                and state.supernet == before.supernet
-                and state.pools == before.pools
-            )
-        )
-        if not follows or place - breaks[-1] == wave.chunk:
-            breaks.append(place)
-    return pairwise([*breaks, len(wave.states)])
+def _runs(wave: Wave) -> Iterator[tuple[PlannedState, ...]]:
+    """Runs of at most `chunk` states of one supernet that read, and write, maps which lie one behind the other."""
+    run: list[PlannedState] = []
+    for state in wave.states:
+        if run and (len(run) == wave.chunk or not _follows(run[-1], state, wave)):
+            yield tuple(run)
+            run = []
+        run.append(state)
+    yield tuple(run)
+
+
+def _follows(before: PlannedState, state: PlannedState, wave: Wave) -> bool:
+    def one_behind(a: int | None, b: int | None, step: int) -> bool:
+        return b is None if a is None else b == a + step
+
+    return (
+        state.supernet == before.supernet
+        and before.source is not None
+        and one_behind(before.source, state.source, wave.source_bytes)
+        and one_behind(before.full, state.full, wave.map_bytes)
+        and one_behind(before.pooled, state.pooled, wave.map_bytes // 4)
+        and (before.pair is None) == (state.pair is None)
+    )
 
 
 def _layer(
-    plan: EvaluationPlan, index: int, weights: Weights, x: Tensor, state: PlannedState, groups: int, backend: str
+    space: SearchSpace,
+    wave: Wave,
+    weights: Weights,
+    x: Tensor,
+    groups: int,
+    full: Tensor | None,
+    pooled: Tensor | None,
+    backend: str,
 ) -> Tensor:
-    """One layer on `groups` stacked states, each a statistics group."""
-    space, layer, w = plan.space, plan.space.layers[index], weights.layers[index]
-    if state.parent is None and weights.stem is not None:
+    """One layer on `groups` stacked states, each a statistics group; writes their maps, and returns them where no
+    child wants them."""
+    layer, w, stride = space.layers[wave.layer], weights.layers[wave.layer], 1 + wave.strides
+    conv = partial(conv_bn, num_groups=groups, backend=backend)
+    if wave.layer == 0 and weights.stem is not None:
         x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3), groups, backend=backend), 3, 2, 1)
-    if layer.kind == "stem":
-        return norm_relu(F.conv2d(x, w["conv"], padding=1), groups, backend=backend)
-    stride = 1
-    if state.pools:
-        if space.pool == "stride":
-            stride = 2
-        else:
-            x = (F.max_pool2d if space.pool == "max" else F.avg_pool2d)(x, 2)
-    if space.block == "basic":
-        y = norm_relu(F.conv2d(x, w["conv1"], stride=stride, padding=1), groups, backend=backend)
-        y = F.conv2d(y, w["conv2"], padding=1)
-    else:
-        y = norm_relu(F.conv2d(x, w["conv1"]), groups, backend=backend)
-        y = norm_relu(F.conv2d(y, w["conv2"], stride=stride, padding=1), groups, backend=backend)
-        y = F.conv2d(y, w["conv3"])
-    projects = "shortcut" in w
-    if projects:
-        x = F.conv2d(x, w["shortcut"], stride=stride)
-    elif stride == 2:
-        x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-    return norm_add_relu(y, x, groups, normalise_shortcut=projects, backend=backend)
-
-
-def _count(wave: Wave, maps: Tensor, weights: dict[int, Weights], labels: Tensor, correct: Tensor) -> None:
-    """The head for the pairs that end in this wave."""
-    num_images = len(labels)
-    for place, pair in wave.heads:
-        w = weights[wave.states[place].supernet]
-        features = maps[place * num_images : (place + 1) * num_images].mean((2, 3), dtype=w.head_weight.dtype)
-        correct[pair] += (F.linear(features, w.head_weight, w.head_bias).argmax(1) == labels).sum()
+    first, *others = layer.main
+    rides = stride == 1 or first.stage == "at"  # the projection, with the first convolution: same input, same stride
+    y, stats, shortcut, shortcut_stats = conv(
+        x, w[first.name], stride=stride if rides else 1, shortcut_weight=w.get("shortcut") if rides else None
+    )
+    if layer.kind != "stem" and shortcut is None:
+        shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
+        if "shortcut" in w:
+            shortcut = F.conv2d(x, w["shortcut"], stride=stride)
+            shortcut_stats = batch_statistics(shortcut, groups, backend=backend)
+    for step in others:
+        y, stats, *_ = conv(y, w[step.name], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1)
+    if full is None and pooled is None:
+        full = y
+    bn_add_relu_pool(
+        y, stats, shortcut, shortcut_stats,
+        full=full, pooled=pooled, pool="avg" if space.pool == "avg" else "max", backend=backend,
+    )  # fmt: skip
+    return y

@@ -1,22 +1,20 @@
 """`EvaluationPlan`: how to score (architecture, supernet) pairs, each shared prefix computed once. No torch inside.
 
 Two architectures with the same poolings up to a layer have the same activation there, so the pairs of one supernet form
-a prefix tree. The plan walks it layer by layer; the states of a (layer, resolution) form one *wave*, stacked in one
-buffer. Where a layer's states do not fit under the memory cap together, it walks subtrees one after the other and
-reuses their memory.
+a prefix tree of *states*. The plan walks it layer by layer; the states of a layer and resolution form a *wave*. What
+lies in memory between two layers are the maps that the next layer reads: a state writes its map as it is for a child
+that keeps the resolution (or strides itself), halved for a child that pools, or both.
 
-All buffers lie in one block of memory with a stack growing from each end: a layer's states are written on the side
-opposite to their parents', so parents whose last child has been computed are on top of their stack and give their
-memory back at once. Children that pool come first, the one that keeps its resolution last: by then the parent can go,
-and a long unpooled chain needs no more than two of its maps.
+All maps lie in one block of memory with a stack growing from each end: a layer's maps are on the side opposite to those
+that it reads, so these give their memory back at once. Where a layer's maps do not fit under the memory cap together,
+subtrees are walked one after the other, the most pooled and therefore smallest first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple
 
 from bmsn.errors import InputError
 from bmsn.space import LARGE_STEM_STRIDE, Architecture, SearchSpace
@@ -25,51 +23,56 @@ Pair = tuple[Architecture, int]
 History = tuple[int, ...]
 
 
-class Slot(NamedTuple):
-    """Where a state's map lies: the `place`-th of wave number `wave`."""
-
-    wave: int
-    place: int
-
-
 @dataclass(frozen=True, slots=True)
 class PlannedState:
+    """A node of the tree, and the bytes at which its maps begin.
+
+    Attributes:
+        source: the map that it reads; None: the images.
+        full: where its own map goes; None: no child reads it.
+        pooled: where its map goes after 2x2 pooling; None: no child reads it.
+        pair: index of the pair that ends here, or None.
+    """
+
     supernet: int
     pool_positions: History
-    parent: Slot | None  # None: the images
-    pools: bool  # whether the parent's map is halved on the way in
+    source: int | None
+    full: int | None
+    pooled: int | None
+    pair: int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Wave:
-    """States of one (layer, resolution), computed together: `states[i]` is written to bytes `offset + i * state_bytes`.
+    """States of one layer and resolution, in the order in which the maps that they read lie in memory.
 
     Attributes:
+        num_pools: poolings up to the states' own maps.
+        strides: whether the layer itself halves the resolution.
+        map_bytes: of a state's own map; its pooled map has a quarter of them.
+        source_bytes: of the map that a state reads.
         chunk: how many states are computed at a time, so that their intermediate maps stay small.
-        heads: (place in this wave, index of the pair) for each pair that ends here.
     """
 
     layer: int
     num_pools: int
+    strides: bool
     states: tuple[PlannedState, ...]
-    offset: int
-    state_bytes: int
+    map_bytes: int
+    source_bytes: int
     chunk: int
-    heads: tuple[tuple[int, int], ...]
 
 
-@dataclass
+@dataclass(eq=False)
 class _Node:
-    """A state of the tree while the plan is being made; `slot` is set when its wave has been laid down."""
+    """A state while the plan is being made."""
 
     supernet: int
     pool_positions: History
     layer: int
-    parent: _Node | None
     children: dict[History, _Node] = field(default_factory=dict)
-    pairs: list[int] = field(default_factory=list)
-    needs: dict[bool, int] = field(default_factory=dict)
-    slot: Slot | None = None
+    pair: int | None = None
+    maps: list[_Map] = field(default_factory=list)  # what it writes, made once
 
     @property
     def num_pools(self) -> int:
@@ -78,6 +81,18 @@ class _Node:
     @property
     def pools(self) -> bool:
         return bool(self.pool_positions) and self.pool_positions[-1] == self.layer
+
+
+@dataclass(eq=False)
+class _Map:
+    """A map between two layers: who reads it, and where it lies (bytes from the end that its stack grows from)."""
+
+    readers: list[_Node]
+    num_pools: int
+    bytes: int
+    need: int | None = None
+    side: int = 0
+    end: int = 0
 
 
 class EvaluationPlan:
@@ -113,29 +128,21 @@ class EvaluationPlan:
         self.batch_size, self.image_size, self.itemsize = batch_size, image_size, itemsize
         self._workspace_maps, self._chunk_bytes = workspace_maps, chunk_bytes
         self._cap = float("inf") if max_bytes is None else max_bytes
-        roots = self._tree(pairs)
-        self._waves: list[Wave] = []
+        images = [_Map([root], 0, 0) for root in self._tree(pairs)]
+        self._waves: list[tuple[list[_Node], dict[_Node, _Map], Wave]] = []
         self._tops = [0, 0]  # bytes in use on the two sides
         self._arena_bytes = self._peak = 0
-        self._ends: list[tuple[int, int, int]] = []  # of each wave: side, start and end on that side
-        needs = [
-            self._state_bytes(0, 0) + max(self._workspace(0, 0, 1), self._need(node, alone=True)) for node in roots
-        ]
-        if max(needs) > self._cap:
-            raise InputError(
-                f"max_bytes must be at least {max(needs)} for this space, batch size and dtype; got {max_bytes}"
-            )
-        self._descend(roots, 0, 0)
-        self.waves = tuple(
-            Wave(w.layer, w.num_pools, w.states, self._offset(i), w.state_bytes, w.chunk, w.heads)
-            for i, w in enumerate(self._waves)
-        )
+        need = max(self._need(image) for image in images)
+        if need > self._cap:
+            raise InputError(f"max_bytes must be at least {need} for this space, batch size and dtype; got {max_bytes}")
+        self._descend(images, 0)
+        self.waves = tuple(self._placed(*wave) for wave in self._waves)
 
     # What a reader asks of a plan. ------------------------------------------------------------------------------------
 
     @property
     def arena_bytes(self) -> int:
-        """Size of the one block that all waves' buffers lie in."""
+        """Size of the one block that all maps between layers lie in."""
         return self._arena_bytes
 
     @property
@@ -151,15 +158,17 @@ class EvaluationPlan:
         lines = [
             f"{self.num_pairs} pairs of {self.space.name}: {self.num_states} states in {len(self.waves)} waves, "
             f"{self.num_pairs * self.space.num_layers} evaluations one by one; batches of {self.batch_size}, "
-            f"buffers {self.arena_bytes / 2**20:.1f} MiB, peak {self.peak_bytes / 2**20:.1f} MiB"
+            f"maps {self.arena_bytes / 2**20:.1f} MiB, peak {self.peak_bytes / 2**20:.1f} MiB"
         ]
         for number, wave in enumerate(self.waves):
             channels, height, width = self.map_shape(wave.layer, wave.num_pools)
-            pooling = sum(state.pools for state in wave.states)
+            full, pooled, ends = (
+                sum(getattr(state, name) is not None for state in wave.states) for name in ("full", "pooled", "pair")
+            )
             lines.append(
-                f"wave {number}: layer {wave.layer}, {len(wave.states)} states ({pooling} pool) of "
-                f"{channels}x{height}x{width}, {wave.chunk} at a time, "
-                f"at byte {wave.offset}, {len(wave.heads)} pairs end"
+                f"wave {number}: layer {wave.layer}{' strides' if wave.strides else ''}, {len(wave.states)} states of "
+                f"{channels}x{height}x{width}, {wave.chunk} at a time; {full} full and {pooled} pooled maps written, "
+                f"{ends} pairs end"
             )
         return "\n".join(lines)
 
@@ -177,24 +186,32 @@ class EvaluationPlan:
         roots: dict[tuple[int, History], _Node] = {}
         for index, (architecture, supernet) in enumerate(pairs):
             self.space.check(architecture)
-            node = roots.setdefault((supernet, ()), _Node(supernet, (), 0, None))
+            node = roots.setdefault((supernet, ()), _Node(supernet, (), 0))
             for layer in range(1, self.space.num_layers):
                 history = tuple(p for p in architecture.pool_positions if p <= layer)
-                node = node.children.setdefault(history, _Node(supernet, history, layer, node))
-            if node.pairs:
-                raise InputError(
-                    f"pairs[{index}] repeats pairs[{node.pairs[0]}]: {architecture} with supernet {supernet}"
-                )
-            node.pairs.append(index)
+                node = node.children.setdefault(history, _Node(supernet, history, layer))
+            if node.pair is not None:
+                raise InputError(f"pairs[{index}] repeats pairs[{node.pair}]: {architecture} with supernet {supernet}")
+            node.pair = index
         return [roots[key] for key in sorted(roots)]
 
-    def _state_bytes(self, layer: int, num_pools: int) -> int:
+    def _maps(self, node: _Node) -> list[_Map]:
+        """What a state writes for its children: one map for both where they stride themselves, else one for each."""
+        if not node.maps and node.children:
+            children = sorted(node.children.values(), key=lambda child: child.pools)
+            groups = [children] if self.space.pool == "stride" else [[child] for child in children]
+            for readers in groups:
+                num_pools = node.num_pools if self.space.pool == "stride" else readers[0].num_pools
+                node.maps.append(_Map(readers, num_pools, self._map_bytes(node.layer, num_pools)))
+        return node.maps
+
+    def _map_bytes(self, layer: int, num_pools: int) -> int:
         channels, height, width = self.map_shape(layer, num_pools)
         return self.batch_size * channels * height * width * self.itemsize
 
     def _workspace(self, layer: int, num_pools: int, states: int) -> int:
         """Upper bound of a layer's intermediate maps for so many states at a time, with its pooled or strided input."""
-        biggest = self._state_bytes(layer, num_pools)
+        biggest = self._map_bytes(layer, num_pools)
         if (
             layer == 0 and self.space.stem == "large"
         ):  # the stem's 7x7/2 map is four times its pooled output, per channel
@@ -203,88 +220,85 @@ class EvaluationPlan:
             inner = self.space.layers[layer].main[0].out_channels * biggest // self.space.layers[layer].out_channels
             before = self.space.block == "bottleneck" and self.space.pool == "stride" and num_pools > 0
             biggest = max(biggest, 4 * inner if before else inner)
-            biggest = max(biggest, self._state_bytes(layer - 1, num_pools))
+            biggest = max(biggest, self._map_bytes(layer - 1, num_pools))
         return self._workspace_maps * biggest * states
 
     def _chunk(self, layer: int, num_pools: int, available: float) -> int:
         one = self._workspace(layer, num_pools, 1)
-        wanted = max(1, self._chunk_bytes // self._state_bytes(layer, num_pools))
+        wanted = max(1, self._chunk_bytes // self._map_bytes(layer, num_pools))
         return int(max(1, min(wanted, available // one if available != float("inf") else wanted)))
 
-    def _need(self, node: _Node, *, alone: bool) -> int:
-        """Bytes beyond what is alive that the subtree below `node` needs, one state at a time.
+    def _need(self, source: _Map) -> int:
+        """Bytes beyond what is alive, `source` included, that its readers and all below need, one map at a time."""
+        if source.need is None:
+            written = self._written([source])
+            own = sum(m.bytes for m in written)
+            workspace = max(self._workspace(node.layer, node.num_pools, 1) for node in source.readers)
+            source.need = max(own + workspace, own - source.bytes + self._below(written))
+        return source.need
 
-        A state that is `alone` in its layer gives its own memory back as soon as its last child is computed.
-        """
-        if alone in node.needs:
-            return node.needs[alone]
-        need, children = 0, _ordered(node.children.values())
-        for child in children:
-            own = self._state_bytes(child.layer, child.num_pools)
-            freed = self._state_bytes(node.layer, node.num_pools) if alone and child is children[-1] else 0
-            below = own + self._need(child, alone=True) - freed
-            need = max(need, own + self._workspace(child.layer, child.num_pools, 1), below)
-        node.needs[alone] = need
-        return need
+    def _below(self, maps: list[_Map]) -> int:
+        """The same for maps that are all alive and are read one by one, the last one first."""
+        most = freed = 0
+        for one in reversed(maps):
+            most = max(most, self._need(one) - freed)
+            freed += one.bytes
+        return most
 
-    def _fits(self, part: list[_Node], freed: int) -> bool:
-        """Whether `part`, then its subtrees fit under the cap; `freed` bytes of parents go once `part` is computed."""
-        own = sum(self._tops) + sum(self._state_bytes(node.layer, node.num_pools) for node in part)
-        workspace = max(self._workspace(node.layer, node.num_pools, 1) for node in part)
-        below = max(self._need(node, alone=len(part) == 1) for node in part)
-        return own + workspace <= self._cap and own - freed + below <= self._cap
+    def _written(self, sources: Iterable[_Map]) -> list[_Map]:
+        """All that the readers of `sources` write, in the order of their stack: the most pooled on top."""
+        return sorted(
+            (m for source in sources for node in source.readers for m in self._maps(node)), key=lambda m: m.num_pools
+        )
 
-    def _descend(self, children: list[_Node], frontier_bytes: int, side: int) -> None:
-        """Lays down the waves of `children` (one layer, parents alive on the other side) and all that is below them."""
-        children = _ordered(children)
-        while children:
+    def _fits(self, part: list[_Map]) -> bool:
+        """Whether `part` can be read at once, and what is below it one by one, under the cap."""
+        written = self._written(part)
+        used = sum(self._tops) + sum(m.bytes for m in written)
+        workspace = max(self._workspace(node.layer, node.num_pools, 1) for m in part for node in m.readers)
+        return used + workspace <= self._cap and used - sum(m.bytes for m in part) + self._below(written) <= self._cap
+
+    def _descend(self, maps: list[_Map], side: int) -> None:
+        """Lays down the waves that read `maps`, alive on `side` and the last one on top, and all that is below them."""
+        while maps:
             # As many at a time as fit; one always does, by the check at the start.
-            count = next(
-                (
-                    n
-                    for n in range(len(children), 1, -1)
-                    if self._fits(children[:n], frontier_bytes * (n == len(children)))
-                ),
-                1,
-            )
-            part, children = children[:count], children[count:]
-            start = self._tops[side]
-            self._lay(part, side)
-            if not children:
-                self._tops[1 - side] -= frontier_bytes
-            grandchildren = [grandchild for child in part for grandchild in child.children.values()]
-            if grandchildren:
-                self._descend(grandchildren, self._tops[side] - start, 1 - side)
-            self._tops[side] = start
+            count = next((n for n in range(len(maps), 1, -1) if self._fits(maps[-n:])), 1)
+            part, maps = maps[-count:], maps[:-count]
+            written = self._lay(part if side == 0 else part[::-1], 1 - side)
+            self._tops[side] -= sum(m.bytes for m in part)
+            self._descend(written, 1 - side)
 
-    def _lay(self, part: list[_Node], side: int) -> None:
-        """One wave for each resolution among `part`."""
-        total = sum(self._state_bytes(node.layer, node.num_pools) for node in part)
-        workspace = 0
-        for num_pools in sorted({node.num_pools for node in part}, reverse=True):
-            nodes = [node for node in part if node.num_pools == num_pools]
-            layer, size = nodes[0].layer, self._state_bytes(nodes[0].layer, num_pools)
-            chunk = min(len(nodes), self._chunk(layer, num_pools, self._cap - sum(self._tops) - total))
+    def _lay(self, part: list[_Map], side: int) -> list[_Map]:
+        """One wave for each kind of step among the readers of `part`, in memory order; returns what they write."""
+        written = self._written(part if side == 0 else part[::-1])  # so that addresses ascend along a wave
+        for one in written:
+            self._tops[side] += one.bytes
+            one.side, one.end = side, self._tops[side]
+        used, workspace = sum(self._tops), 0
+        sources = {node: source for source in part for node in source.readers}
+        strides = self.space.pool == "stride"
+        for kind in sorted({(node.num_pools, strides and node.pools) for node in sources}, reverse=True):
+            nodes = [node for node in sources if (node.num_pools, strides and node.pools) == kind]
+            layer, num_pools = nodes[0].layer, kind[0]
+            chunk = min(len(nodes), self._chunk(layer, num_pools, self._cap - used))
             workspace = max(workspace, self._workspace(layer, num_pools, chunk))
-            states, heads = [], []
-            for place, node in enumerate(nodes):
-                parent = None if node.parent is None else node.parent.slot
-                states.append(PlannedState(node.supernet, node.pool_positions, parent, node.pools))
-                node.slot = Slot(len(self._waves), place)
-                heads += [(place, pair) for pair in node.pairs]
-            start = self._tops[side]
-            self._tops[side] = start + size * len(nodes)
-            total -= size * len(nodes)
-            self._ends.append((side, start, self._tops[side]))
-            self._waves.append(Wave(layer, num_pools, tuple(states), 0, size, chunk, tuple(heads)))
-        self._arena_bytes = max(self._arena_bytes, sum(self._tops))
-        self._peak = max(self._peak, sum(self._tops) + workspace)
+            bytes_ = self._map_bytes(layer, num_pools)
+            self._waves.append((nodes, sources, Wave(layer, *kind, (), bytes_, sources[nodes[0]].bytes, chunk)))
+        self._arena_bytes = max(self._arena_bytes, used)
+        self._peak = max(self._peak, used + workspace)
+        return written
 
-    def _offset(self, wave: int) -> int:
-        side, start, end = self._ends[wave]
-        return start if side == 0 else self._arena_bytes - end
+    def _placed(self, nodes: list[_Node], sources: dict[_Node, _Map], wave: Wave) -> Wave:
+        """`wave` with its states, now that the size of the block is known."""
 
+        def address(one: _Map) -> int:
+            return one.end - one.bytes if one.side == 0 else self._arena_bytes - one.end
 
-def _ordered(nodes: Iterable[_Node]) -> list[_Node]:
-    """Most pooled first, so that the child that keeps its parent's resolution comes last; then as their parents lie."""
-    return sorted(nodes, key=lambda node: (-node.num_pools, node.supernet, node.pools, node.pool_positions))
+        states = []
+        for node in nodes:
+            places = {m.num_pools - node.num_pools: address(m) for m in node.maps}
+            source = None if wave.layer == 0 else address(sources[node])
+            states.append(
+                PlannedState(node.supernet, node.pool_positions, source, places.get(0), places.get(1), node.pair)
+            )
+        return replace(wave, states=tuple(states))

@@ -101,6 +101,27 @@ void bind_norm_relu(py::module_& m) {
         };
         bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
+    const auto statistics = [](const Shape& shape, bool bfloat16, std::uintptr_t x, std::uintptr_t stats, double eps, int threads) {
+        const auto [groups, rows, channels] = shape;
+        const auto run = [&]<typename T>(T) {
+            bmsn::batch_statistics({groups, rows, channels}, reinterpret_cast<const T*>(x), reinterpret_cast<float*>(stats), eps,
+                                   threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
+    };
+    const auto apply = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t x, std::uintptr_t shortcut,
+                          std::uintptr_t stats, std::uintptr_t shortcut_stats, std::uintptr_t full, std::uintptr_t pooled,
+                          bmsn::Pool pool, std::int64_t width, int threads) {
+        const auto [groups, rows, channels] = shape;
+        const auto run = [&]<typename T>(T) {
+            const bmsn::NormApply<T> call{reinterpret_cast<const T*>(x),         reinterpret_cast<const T*>(shortcut),
+                                          reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(shortcut_stats),
+                                          reinterpret_cast<T*>(full),            reinterpret_cast<T*>(pooled),
+                                          pool,                                  width};
+            bmsn::norm_add_relu_pool({groups, rows, channels}, kind, call, threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
+    };
     const auto backward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t grad, std::uintptr_t y,
                              std::uintptr_t x, std::uintptr_t shortcut, std::uintptr_t stats, std::uintptr_t dx,
                              std::uintptr_t dshortcut, int threads) {
@@ -118,6 +139,9 @@ void bind_norm_relu(py::module_& m) {
         .value("none", bmsn::Shortcut::none)
         .value("plain", bmsn::Shortcut::plain)
         .value("normalised", bmsn::Shortcut::normalised);
+    py::enum_<bmsn::Pool>(m, "Pool").value("max", bmsn::Pool::max).value("avg", bmsn::Pool::mean);
+    m.def("batch_statistics", statistics, py::call_guard<py::gil_scoped_release>());
+    m.def("norm_add_relu_pool", apply, py::call_guard<py::gil_scoped_release>());
     m.def("norm_relu", forward, py::call_guard<py::gil_scoped_release>());
     m.def("norm_relu_backward", backward, py::call_guard<py::gil_scoped_release>());
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 
@@ -80,7 +81,16 @@ BMSN_INLINE void store(std::uint16_t* to, const Pair& x) {
     std::memcpy(to, &both, sizeof both);
 }
 
-// The same for the ragged end of a chunk, `count` values; a load fills up with 0.
+// One value.
+BMSN_INLINE float widened(float x) { return x; }
+BMSN_INLINE float widened(std::uint16_t x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x) << 16); }
+BMSN_INLINE void narrow(float& to, float x) { to = x; }
+BMSN_INLINE void narrow(std::uint16_t& to, float x) {
+    const auto bits = std::bit_cast<std::uint32_t>(x);
+    to = static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The same as above for the ragged end of a chunk, `count` values; a load fills up with 0.
 template <typename T>
 BMSN_INLINE Pair load(const T* from, std::int64_t count) {
     if (count == kPair) return load(from);

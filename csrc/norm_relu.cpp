@@ -18,6 +18,7 @@ namespace {
 
 constexpr std::int64_t kPairs = 2;  // independent sums hide the latency of an addition
 constexpr std::int64_t kBlock = kPair * kPairs;
+using Bits32 __attribute__((may_alias)) = std::uint32_t;
 constexpr std::int64_t kChunk = 16384;  // values: 32 KiB of bfloat16 stay in the first-level cache between two sweeps
 
 struct Block {
@@ -263,34 +264,88 @@ void join_moments(const Partition& part, std::int64_t groups, const double* tota
 }
 
 template <typename T>
-void forward(const NormShape& shape, Shortcut kind, const NormForward<T>& call, double eps, int threads) {
+void statistics(const NormShape& shape, const T* x, float* stats, double eps, int threads) {
     const Partition part(shape);
-    const std::int64_t channels = part.channels, num_stats = shape.groups * channels;
-    const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * channels);
-    const int branches = kind == Shortcut::normalised ? 2 : 1;
-    for (int branch = 0; branch < branches; ++branch) {
-        const T* const x = branch == 0 ? call.x : call.shortcut;
-        float* const stats = call.stats + branch * 2 * num_stats;
+    const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * part.channels);
 #pragma omp parallel num_threads(threads)
-        {
-            const auto near_mean = std::make_unique_for_overwrite<float[]>(channels);
+    {
+        const auto near_mean = std::make_unique_for_overwrite<float[]>(part.channels);
 #pragma omp for schedule(static)
-            for (std::int64_t task = 0; task < part.tasks; ++task)
-                moments_of(part.chunk(task), x + part.offset(task), near_mean.get(), totals.get() + task * 3 * channels);
+        for (std::int64_t task = 0; task < part.tasks; ++task)
+            moments_of(part.chunk(task), x + part.offset(task), near_mean.get(), totals.get() + task * 3 * part.channels);
+    }
+    join_moments(part, shape.groups, totals.get(), eps, stats, stats + shape.groups * part.channels);
+}
+
+// Two lines of an image become one of half the width. Behind ReLU nothing is negative, so that values are ordered as their
+// bits are, NaN above all.
+template <typename Bits>
+BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits* lines, Bits* out) {
+    const Bits* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t left = 2 * x * channels + c, right = left + channels;
+            out[x * channels + c] = std::max(std::max(lines[left], lines[right]), std::max(below[left], below[right]));
         }
-        join_moments(part, shape.groups, totals.get(), eps, stats, stats + num_stats);
+}
+
+template <typename T>
+BMSN_INLINE void pool_mean(std::int64_t width, std::int64_t channels, const T* lines, T* out) {
+    const T* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t left = 2 * x * channels + c, right = left + channels;
+            const float sum = widened(lines[left]) + widened(lines[right]) + widened(below[left]) + widened(below[right]);
+            narrow(out[x * channels + c], 0.25f * sum);
+        }
+}
+
+BMSN_CLONES void pool_lines(Pool pool, std::int64_t width, std::int64_t channels, const float* lines, float* out) {
+    static_assert(sizeof(float) == sizeof(std::uint32_t));
+    if (pool == Pool::mean) return pool_mean(width, channels, lines, out);
+    pool_max(width, channels, reinterpret_cast<const Bits32*>(lines), reinterpret_cast<Bits32*>(out));
+}
+BMSN_CLONES void pool_lines(Pool pool, std::int64_t width, std::int64_t channels, const std::uint16_t* lines,
+                            std::uint16_t* out) {
+    pool == Pool::mean ? pool_mean(width, channels, lines, out) : pool_max(width, channels, lines, out);
+}
+
+template <typename T>
+Branch<T> branch_at(const NormShape& shape, const T* x, const float* stats, std::int64_t group, std::int64_t offset) {
+    const float* const mean = stats + group * shape.channels;
+    return {x + offset, mean, mean + shape.groups * shape.channels};
+}
+
+template <typename T>
+void apply(const NormShape& shape, Shortcut kind, const NormApply<T>& call, int threads) {
+    const std::int64_t channels = shape.channels, unit = call.pooled ? 2 * call.width : 1;  // rows that go together
+    const std::int64_t units = shape.rows / unit, at_once = std::clamp<std::int64_t>(kChunk / (unit * channels), 1, units);
+    const std::int64_t chunks = (units + at_once - 1) / at_once, width = std::lcm(channels, kBlock);
+#pragma omp parallel num_threads(threads)
+    {
+        const auto kept = std::make_unique_for_overwrite<T[]>(call.full ? 0 : at_once * unit * channels);
+#pragma omp for schedule(static)
+        for (std::int64_t task = 0; task < shape.groups * chunks; ++task) {
+            const std::int64_t group = task / chunks, first = task % chunks * at_once, count = std::min(at_once, units - first);
+            const std::int64_t offset = (group * shape.rows + first * unit) * channels;
+            Branch<T> shortcut{};
+            if (kind == Shortcut::plain) shortcut.x = call.shortcut + offset;
+            if (kind == Shortcut::normalised) shortcut = branch_at(shape, call.shortcut, call.shortcut_stats, group, offset);
+            T* const y = call.full ? call.full + offset : kept.get();
+            normalise_chunk({channels, count * unit, width}, kind, branch_at(shape, call.x, call.stats, group, offset), shortcut, y);
+            for (std::int64_t line = 0; call.pooled && line < count; ++line)
+                pool_lines(call.pool, call.width, channels, y + line * unit * channels,
+                           call.pooled + offset / 4 + line * unit * channels / 4);
+        }
     }
-    const auto branch_at = [&](int branch, const T* x, std::int64_t task) -> Branch<T> {
-        const float* const stats = call.stats + branch * 2 * num_stats + part.group(task) * channels;
-        return {x + part.offset(task), stats, stats + num_stats};
-    };
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (std::int64_t task = 0; task < part.tasks; ++task) {
-        Branch<T> shortcut{};
-        if (kind == Shortcut::plain) shortcut.x = call.shortcut + part.offset(task);
-        if (kind == Shortcut::normalised) shortcut = branch_at(1, call.shortcut, task);
-        normalise_chunk(part.chunk(task), kind, branch_at(0, call.x, task), shortcut, call.y + part.offset(task));
-    }
+}
+
+template <typename T>
+void forward(const NormShape& shape, Shortcut kind, const NormForward<T>& call, double eps, int threads) {
+    float* const shortcut_stats = call.stats + 2 * shape.groups * shape.channels;
+    statistics(shape, call.x, call.stats, eps, threads);
+    if (kind == Shortcut::normalised) statistics(shape, call.shortcut, shortcut_stats, eps, threads);
+    apply<T>(shape, kind, {call.x, call.shortcut, call.stats, shortcut_stats, call.y, nullptr, Pool::max, 0}, threads);
 }
 
 template <typename T>
@@ -299,16 +354,15 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
     const std::int64_t channels = part.channels, num_stats = shape.groups * channels;
     const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * channels);
     const int branches = kind == Shortcut::normalised ? 2 : 1;
-    const auto branch_at = [&](int branch, const T* x, std::int64_t task) -> Branch<T> {
-        const float* const stats = call.stats + branch * 2 * num_stats + part.group(task) * channels;
-        return {x + part.offset(task), stats, stats + num_stats};
+    const auto branch_of = [&](int branch, const T* x, std::int64_t task) {
+        return branch_at(shape, x, call.stats + branch * 2 * num_stats, part.group(task), part.offset(task));
     };
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t task = 0; task < part.tasks; ++task) {
         const std::int64_t at = part.offset(task);
         const bool adds = kind != Shortcut::none;
-        const Branch<T> shortcut = kind == Shortcut::normalised ? branch_at(1, call.shortcut, task) : Branch<T>{};
-        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_at(0, call.x, task),
+        const Branch<T> shortcut = kind == Shortcut::normalised ? branch_of(1, call.shortcut, task) : Branch<T>{};
+        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_of(0, call.x, task),
                          shortcut, adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
     }
     const auto lines = std::make_unique_for_overwrite<float[]>(branches * 2 * num_stats);  // (branches, 2, groups, channels)
@@ -334,9 +388,9 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
     for (std::int64_t task = 0; task < part.tasks; ++task) {
         const std::int64_t at = part.offset(task);
         const T* const e = (kind == Shortcut::none ? call.grad : call.dshortcut) + at;
-        gradient_chunk(part.chunk(task), kind == Shortcut::none, e, branch_at(0, call.x, task), line_at(0, task), call.dx + at);
+        gradient_chunk(part.chunk(task), kind == Shortcut::none, e, branch_of(0, call.x, task), line_at(0, task), call.dx + at);
         if (kind == Shortcut::normalised)  // in place, once dx has been made of it
-            gradient_chunk(part.chunk(task), false, e, branch_at(1, call.shortcut, task), line_at(1, task), call.dshortcut + at);
+            gradient_chunk(part.chunk(task), false, e, branch_of(1, call.shortcut, task), line_at(1, task), call.dshortcut + at);
     }
 }
 
@@ -347,6 +401,18 @@ void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& 
 }
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<std::uint16_t>& call, double eps, int threads) {
     forward(shape, kind, call, eps, threads);
+}
+void batch_statistics(const NormShape& shape, const float* x, float* stats, double eps, int threads) {
+    statistics(shape, x, stats, eps, threads);
+}
+void batch_statistics(const NormShape& shape, const std::uint16_t* x, float* stats, double eps, int threads) {
+    statistics(shape, x, stats, eps, threads);
+}
+void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<float>& call, int threads) {
+    apply(shape, kind, call, threads);
+}
+void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<std::uint16_t>& call, int threads) {
+    apply(shape, kind, call, threads);
 }
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads) {
     backward(shape, kind, call, threads);

@@ -20,6 +20,7 @@ struct NormShape {
 };
 
 enum class Shortcut : int { none, plain, normalised };
+enum class Pool : int { max, mean };
 
 // stats: (branches, 2, groups, channels), mean and rstd of x, then of the shortcut where that is normalised too.
 template <typename T>
@@ -27,6 +28,16 @@ struct NormForward {
     const T *x, *shortcut;  // shortcut: null without one
     T* y;
     float* stats;
+};
+
+// The second half alone, of statistics that are there: (2, groups, channels), mean and rstd.
+template <typename T>
+struct NormApply {
+    const T *x, *shortcut;
+    const float *stats, *shortcut_stats;
+    T *full, *pooled;  // the result, or `x` itself to replace it; the result after 2x2 pooling; null: not wanted
+    Pool pool;
+    std::int64_t width;  // of a map, even; read where pooled is wanted
 };
 
 template <typename T>
@@ -38,6 +49,10 @@ struct NormBackward {
 
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads);
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<std::uint16_t>& call, double eps, int threads);
+void batch_statistics(const NormShape& shape, const float* x, float* stats, double eps, int threads);
+void batch_statistics(const NormShape& shape, const std::uint16_t* x, float* stats, double eps, int threads);
+void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<float>& call, int threads);
+void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<std::uint16_t>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads);
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -139,18 +141,28 @@ def test_plan_computes_each_prefix_once_and_keeps_its_buffers_apart():
         assert plan.num_states == 2 * 164
         seen = {(w.layer, s.supernet, s.pool_positions) for w in plan.waves for s in w.states}
         assert len(seen) == 2 * 164
-        assert sorted(pair for w in plan.waves for _, pair in w.heads) == list(range(72))
-        last_use = [number for number, _ in enumerate(plan.waves)]
-        for number, wave in enumerate(plan.waves):
+        assert sorted(s.pair for w in plan.waves for s in w.states if s.pair is not None) == list(range(72))
+        # Walked as it will run: a state finds at `source` the map that its parent wrote there, and nothing else since.
+        memory = {}  # bytes where a map begins: (where it ends, whose it is, pooled or not)
+        for wave in plan.waves:
+            written = {}
             for state in wave.states:
-                if state.parent is not None:
-                    assert state.parent.wave < number
-                    last_use[state.parent.wave] = number
-        for early, wave in enumerate(plan.waves):  # a buffer is not overwritten before its last reader has read it
-            for late in range(early + 1, last_use[early] + 1):
-                other = plan.waves[late]
-                a, b = (range(w.offset, w.offset + w.state_bytes * len(w.states)) for w in (wave, other))
-                assert a.stop <= b.start or b.stop <= a.start
+                pools = wave.layer in state.pool_positions
+                if wave.layer:
+                    parent = tuple(p for p in state.pool_positions if p < wave.layer)
+                    end, *owner = memory[state.source]
+                    assert owner == [wave.layer - 1, state.supernet, parent, pools]
+                    assert end == state.source + wave.source_bytes
+                sizes = ((state.full, wave.map_bytes, False), (state.pooled, wave.map_bytes // 4, True))
+                for start, size, pooled in sizes:
+                    if start is not None:
+                        assert start + size <= plan.arena_bytes
+                        written[start] = (start + size, wave.layer, state.supernet, state.pool_positions, pooled)
+            for start, (end, *_) in written.items():
+                memory = {a: m for a, m in memory.items() if m[0] <= start or end <= a}  # overwritten: gone
+            memory |= written
+            spans = sorted((start, end) for start, (end, *_) in written.items())
+            assert all(before[1] <= after[0] for before, after in pairwise(spans))
     assert "328 states" in str(plan)
     assert len(plan.waves) > 24  # the cap made it walk subtrees
 

@@ -12,15 +12,14 @@ Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023,
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bmsn.backend import extension, resolve
-from bmsn.errors import InputError
+from bmsn.backend import resolve
+from bmsn.ops.layout import check_groups, check_images, group_shape, loaded_extension
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d
 
@@ -74,14 +73,7 @@ def norm_add_relu(
         As `norm_relu`; ValueError also for a shortcut of another shape or device, TypeError for one of another dtype.
     """
     _check(x, num_groups)
-    if shortcut.dtype != x.dtype:
-        raise TypeError(f"shortcut is {shortcut.dtype}, x {x.dtype}: they must agree")
-    if shortcut.shape != x.shape or shortcut.device != x.device:
-        raise ValueError(
-            f"shortcut is {tuple(shortcut.shape)} on {shortcut.device}, x {tuple(x.shape)} on {x.device}: "
-            "they must agree"
-        )
-    _check_layout("shortcut", shortcut)
+    check_images("shortcut", shortcut, x, x.shape)
     if _resolve(x, backend) == "reference":
         return norm_add_relu_reference(x, shortcut, num_groups, normalise_shortcut=normalise_shortcut)
     if torch.is_grad_enabled() and (x.requires_grad or shortcut.requires_grad):
@@ -105,27 +97,8 @@ def _norm_reference(x: Tensor, num_groups: int) -> Tensor:
 
 
 def _check(x: Tensor, num_groups: int) -> None:
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise TypeError(f"x must be float32, bfloat16 or float64; got {x.dtype}")
-    if x.ndim != 4:
-        raise ValueError(f"x must be (G*N, C, H, W); got {tuple(x.shape)}")
-    _check_layout("x", x)
-    if num_groups < 1 or x.shape[0] % num_groups:
-        raise InputError(f"num_groups must be at least 1 and divide the batch of {x.shape[0]} images; got {num_groups}")
-    values = x.shape[0] // num_groups * x.shape[2] * x.shape[3]
-    if values < 2 or x.shape[1] == 0:
-        raise InputError(
-            f"a statistics group needs at least 1 channel and 2 values in each; "
-            f"{tuple(x.shape)} in {num_groups} groups has {x.shape[1]} channels and {values} values"
-        )
-
-
-def _check_layout(name: str, tensor: Tensor) -> None:
-    if not tensor.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(
-            f"{name} must be channels_last; got strides {tensor.stride()} for shape {tuple(tensor.shape)} "
-            "(convert once with .contiguous(memory_format=torch.channels_last))"
-        )
+    check_images("x", x)
+    check_groups(x, num_groups)
 
 
 def _resolve(x: Tensor, backend: str) -> str:
@@ -168,13 +141,6 @@ def _dense(grad: Tensor) -> Tensor:
     return grad.contiguous(memory_format=torch.channels_last)
 
 
-def _cpp() -> ModuleType:
-    module = extension()
-    if module is None:
-        raise RuntimeError("torch.ops.bmsn.* need bmsn._C, which is not there; bmsn.backend_report() says why")
-    return module
-
-
 def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
@@ -184,17 +150,12 @@ def _empty_stats(x: Tensor, num_groups: int, normalise_shortcut: bool = False) -
     return x.new_empty((1 + normalise_shortcut, 2, num_groups, x.shape[1]), dtype=torch.float32)
 
 
-def _shape(x: Tensor, num_groups: int) -> tuple[int, int, int]:
-    """Groups, rows of a group, channels."""
-    return num_groups, x.shape[0] // num_groups * x.shape[2] * x.shape[3], x.shape[1]
-
-
 @torch.library.impl("bmsn::norm_relu", "CPU")
 def _norm_relu_cpu(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     y, stats = _empty_like(x), _empty_stats(x, num_groups)
-    cpp = _cpp()
+    cpp = loaded_extension()
     cpp.norm_relu(
-        *(_shape(x, num_groups), x.dtype == torch.bfloat16, cpp.Shortcut.none),
+        *(group_shape(x, num_groups), x.dtype == torch.bfloat16, cpp.Shortcut.none),
         *(x.data_ptr(), 0, y.data_ptr(), stats.data_ptr(), EPS, torch.get_num_threads()),
     )
     return y, stats
@@ -203,9 +164,9 @@ def _norm_relu_cpu(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 @torch.library.impl("bmsn::norm_relu_backward", "CPU")
 def _norm_relu_backward_cpu(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
     dx = _empty_like(x)
-    cpp = _cpp()
+    cpp = loaded_extension()
     cpp.norm_relu_backward(
-        *(_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, cpp.Shortcut.none),
+        *(group_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, cpp.Shortcut.none),
         *(grad.data_ptr(), 0, x.data_ptr(), 0, stats.data_ptr(), dx.data_ptr(), 0, torch.get_num_threads()),
     )
     return dx
@@ -214,10 +175,10 @@ def _norm_relu_backward_cpu(grad: Tensor, x: Tensor, stats: Tensor) -> Tensor:
 @torch.library.impl("bmsn::norm_add_relu", "CPU")
 def _norm_add_relu_cpu(x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool) -> tuple[Tensor, Tensor]:
     y, stats = _empty_like(x), _empty_stats(x, num_groups, normalise_shortcut)
-    cpp = _cpp()
+    cpp = loaded_extension()
     kind = cpp.Shortcut.normalised if normalise_shortcut else cpp.Shortcut.plain
     cpp.norm_relu(
-        *(_shape(x, num_groups), x.dtype == torch.bfloat16, kind),
+        *(group_shape(x, num_groups), x.dtype == torch.bfloat16, kind),
         *(x.data_ptr(), shortcut.data_ptr(), y.data_ptr(), stats.data_ptr(), EPS, torch.get_num_threads()),
     )
     return y, stats
@@ -228,10 +189,10 @@ def _norm_add_relu_backward_cpu(
     grad: Tensor, y: Tensor, x: Tensor, shortcut: Tensor | None, stats: Tensor
 ) -> tuple[Tensor, Tensor]:
     dx, dshortcut = _empty_like(x), _empty_like(x)
-    cpp = _cpp()
+    cpp = loaded_extension()
     kind = cpp.Shortcut.plain if shortcut is None else cpp.Shortcut.normalised
     cpp.norm_relu_backward(
-        *(_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, kind),
+        *(group_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, kind),
         *(grad.data_ptr(), y.data_ptr(), x.data_ptr(), 0 if shortcut is None else shortcut.data_ptr()),
         *(stats.data_ptr(), dx.data_ptr(), dshortcut.data_ptr(), torch.get_num_threads()),
     )
