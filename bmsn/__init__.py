@@ -17,6 +17,7 @@ from bmsn.mixture import BalancedMixture
 from bmsn.network import SupernetMixture, build_network
 from bmsn.ops.balance import balance
 from bmsn.plan import EvaluationPlan
+from bmsn.racing import Race, race
 from bmsn.result import SearchResult
 from bmsn.run import Interrupted, run_search
 from bmsn.space import Architecture, SearchSpace
@@ -28,6 +29,7 @@ __all__ = [
     "ImageDataset",
     "InputError",
     "Interrupted",
+    "Race",
     "RunStopped",
     "Scores",
     "SearchConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "balance",
     "build_network",
     "open_dataset",
+    "race",
     "run_search",
     "score_architectures",
     "score_one_by_one",

@@ -59,6 +59,8 @@ class SearchConfig:
         score: score each architecture with its best supernet, or all (architecture, supernet) pairs.
         score_every: epochs from one ranking of all architectures during training to the next; 0: only at the end.
         evaluate_top: score only the K best by a[c,m]; 0: all.
+        race: find the K best without scoring the others on every image; 0: all see all images.
+        confidence: probability that the K which the race finds are the K best on the whole validation half.
         truth: stand-alone accuracies to compare with: "paper" or a CSV file.
         out: run folder; None: nothing is written.
         resume: go on with the run in `out`.
@@ -86,6 +88,8 @@ class SearchConfig:
     score: Literal["best", "pairs"] | None = None
     score_every: int = 0
     evaluate_top: int = 0
+    race: int = 0
+    confidence: float = 0.95
     truth: str | None = None
     out: Path | None = None
     resume: bool = False
@@ -105,6 +109,7 @@ class SearchConfig:
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
             "evaluate_top": (0, 10**9),
+            "race": (0, 10**9),
             "checkpoint_every": (1, 10**9),
         }
         for name, (low, high) in bounds.items():
@@ -113,6 +118,10 @@ class SearchConfig:
                 raise InputError(f"{name} must be in [{low}, {high}]; got {value}")
         if isinstance(self.balance_every, int) and self.balance_every < 1:
             raise InputError(f"balance_every must be at least 1 or 'epoch'; got {self.balance_every}")
+        if not 0 < self.confidence < 1:
+            raise InputError(f"confidence must be in (0, 1); got {self.confidence}")
+        if self.race and self.score == "pairs":
+            raise InputError("race ranks architectures, each with its best supernet: score must be best; got pairs")
         if self.resume and self.out is None:
             raise InputError("resume needs out: the run folder to go on with")
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:

@@ -22,6 +22,7 @@ from bmsn.evaluator import Scores, all_pairs, score_architectures, score_one_by_
 from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
 from bmsn.network import SupernetMixture
 from bmsn.ops.balance import BalanceError
+from bmsn.racing import Race, images_seen, race
 from bmsn.result import RankedArchitecture
 from bmsn.rng import generator, torch_seed
 from bmsn.space import Architecture, SearchSpace
@@ -60,6 +61,9 @@ class SearchLoop:
                 f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; "
                 f"got {config.evaluate_top}"
             )
+        num_scored = config.evaluate_top or len(self.space)
+        if config.race > num_scored:
+            raise InputError(f"race must be at most {num_scored}, the architectures scored; got {config.race}")
         self.truth = load_truth(config.truth, self.space) if config.truth else None
         self.macs = [self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space]
         self.device = resolve_device(config.device)
@@ -203,44 +207,59 @@ class SearchLoop:
         """m* = argmax_m p(m|c) of each architecture."""
         return self.mixture.best_supernet(self.inverse_temperature(self.num_steps))
 
-    def score(self) -> Scores:
-        """Validation counts of each architecture with its best supernet, or of all pairs, as `config.score` says."""
+    def score(self) -> Scores | Race:
+        """Validation counts of each architecture with its best supernet, or of all pairs, as `config.score` says.
+
+        With `config.race` the final ones are those of a race, where of equal counts the larger a[c, m*] is better.
+        """
         config, best = self.config, self.best_supernets()
         if config.score == "pairs":
             pairs = list(all_pairs(self.nets))
         else:
             pairs = [(a, int(best[a.index])) for a in self.space]
+        by_ema = np.argsort(-self.mixture.scores[np.arange(len(best)), best], kind="stable").tolist()
         if config.evaluate_top:
-            kept = np.argsort(-self.mixture.scores[np.arange(len(best)), best], kind="stable")[: config.evaluate_top]
-            pairs = [(a, m) for a, m in pairs if a.index in kept]
+            pairs = [(a, m) for a, m in pairs if a.index in by_ema[: config.evaluate_top]]
         images = normalise(self.data.train_images, self.table, self.dtype, indices=self.validation)
         labels = torch.from_numpy(self.data.train_labels[self.validation])
         scorer = score_architectures if config.fast_eval else score_one_by_one
+        if config.race and self.step == self.num_steps:
+            pairs.sort(key=lambda pair: by_ema.index(pair[0].index))
+            return race(
+                self.nets, images, labels, config.race, confidence=config.confidence, pairs=pairs,
+                batch_size=config.batch_size, seed=config.seed, score=scorer,
+            )  # fmt: skip
         return scorer(self.nets, images, labels, pairs, batch_size=config.batch_size)
 
-    def rank(self, scores: Scores) -> tuple[RankedArchitecture, ...]:
-        """Architectures from best to worst by validation accuracy; those not scored follow, by a[c, m*]."""
+    def rank(self, scores: Scores | Race) -> tuple[RankedArchitecture, ...]:
+        """Architectures from best to worst by validation accuracy.
+
+        After those scored on all images come those that a race dropped, by their accuracy on the images they saw, and
+        then those not scored, by a[c, m*].
+        """
         best = self.best_supernets()
-        counts: dict[int, tuple[int, int]] = {}
-        for (architecture, supernet), count in zip(scores.pairs, scores.correct.tolist(), strict=True):
-            if architecture.index not in counts or count > counts[architecture.index][0]:
-                counts[architecture.index] = (count, supernet)
+        counts: dict[int, tuple[int, int, int]] = {}  # correct, images seen, supernet
+        for (a, supernet), *count in zip(scores.pairs, scores.correct.tolist(), images_seen(scores), strict=True):
+            if a.index not in counts or count[0] > counts[a.index][0]:
+                counts[a.index] = (count[0], count[1], supernet)
         ema = self.mixture.scores[np.arange(len(best)), best]
         ema_order = np.argsort(-ema, kind="stable").tolist()
 
-        def key(a: Architecture) -> tuple[bool, float, float, int]:
-            return a.index not in counts, -counts.get(a.index, (0, 0))[0], -ema[a.index], a.index
+        def key(a: Architecture) -> tuple[bool, bool, float, float, int]:
+            correct, seen, _ = counts.get(a.index, (0, 0, 0))
+            return seen < scores.total, seen == 0, -correct / max(1, seen), -ema[a.index], a.index
 
         rows = []
         for place, a in enumerate(sorted(self.space, key=key), start=1):
-            supernet = counts[a.index][1] if a.index in counts else int(best[a.index])
-            accuracy = counts[a.index][0] / scores.total if a.index in counts else None
+            correct, seen, supernet = counts.get(a.index, (0, 0, int(best[a.index])))
+            accuracy = correct / seen if seen else None
             rows.append(
                 RankedArchitecture(
                     rank=place,
                     architecture=a,
                     accuracy=accuracy,
-                    standard_error=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / scores.total),
+                    standard_error=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / seen),
+                    images_seen=seen,
                     supernet=supernet,
                     macs=self.macs[a.index],
                     macs_ratio=self.macs[a.index] / self.macs[self.space.default.index],
@@ -251,11 +270,16 @@ class SearchLoop:
         return tuple(rows)
 
     def against_truth(self, ranked: Sequence[RankedArchitecture]) -> dict[str, Any]:
-        """Agreement of the ranking, of a[c,m] and of MACs alone with the truth; empty where there is none."""
+        """Agreement of the ranking, of a[c,m] and of MACs alone with the truth; empty where there is none.
+
+        Of the ranking the rows scored on all images count, and no others: a race leaves accuracies on fewer images,
+        which are not to be compared with them.
+        """
         if self.truth is None:
             return {}
         macs = dict(enumerate(map(float, self.macs)))
-        accuracy = {row.architecture.index: row.accuracy for row in ranked if row.accuracy is not None}
+        whole = [row for row in ranked if row.images_seen == len(self.validation)]
+        accuracy = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
         ema = {row.architecture.index: row.ema_accuracy for row in ranked}
         return {
             "ranking": agreement(accuracy, self.truth, macs),

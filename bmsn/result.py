@@ -12,7 +12,7 @@ from typing import Any
 from bmsn.errors import InputError
 from bmsn.space import Architecture, SearchSpace
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CSV_COLUMNS = (
     "rank",
     "architecture",
@@ -23,6 +23,7 @@ CSV_COLUMNS = (
     "standard_error",
     "ema_rank",
     "macs",
+    "images_seen",
 )
 
 
@@ -31,9 +32,11 @@ class RankedArchitecture:
     """One row of the ranking.
 
     Attributes:
-        rank: place from 1, by validation accuracy; architectures that were not scored follow, by `ema_accuracy`.
-        accuracy: share of the validation half that is classified correctly, in [0, 1]; None: not scored.
+        rank: place from 1, by validation accuracy; architectures that a race dropped follow, by their accuracy on the
+            images they saw, and then those not scored, by `ema_accuracy`.
+        accuracy: share of `images_seen` that is classified correctly, in [0, 1]; None: not scored.
         standard_error: binomial standard error of `accuracy`.
+        images_seen: images of the validation half it was scored on: all, fewer if a race dropped it, 0: not scored.
         supernet: the supernet it was scored with.
         macs: multiply-accumulates for one image; macs_ratio: relative to the space's default architecture.
         ema_accuracy: a[c, m*], the moving average from training; ema_rank: place by it.
@@ -43,6 +46,7 @@ class RankedArchitecture:
     architecture: Architecture
     accuracy: float | None
     standard_error: float | None
+    images_seen: int
     supernet: int
     macs: int
     macs_ratio: float
@@ -65,7 +69,8 @@ class SearchResult:
         environment: versions, machine, threads.
         data: name, fingerprint and sizes of the data set.
         timings: train_images_per_second, train_seconds, score_seconds, total_seconds.
-        scores: correct counts of every scored pair: `architecture`, `supernet`, `correct`, and `total`.
+        scores: correct counts of every scored pair: `architecture`, `supernet`, `correct` among `images_seen`, and
+            `total`, the images of the validation half.
         truth: agreement with stand-alone accuracies where `truth` was given, else empty.
         notes: what the reader must know, such as updates skipped for a loss that was not finite.
     """
@@ -123,6 +128,9 @@ class SearchResult:
         lines = [
             f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  {'a[c,m] rank':>11}"
         ]
+        raced = any(0 < row.images_seen < self.scores["total"] for row in self.ranking)
+        if raced:
+            lines[0] += f"  {'images':>7}"
         for row in self.ranking:
             accuracy = (
                 "not scored"
@@ -132,7 +140,7 @@ class SearchResult:
             ema = f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
             lines.append(
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet:>8}  "
-                f"{row.macs_ratio:>5.2f}x  {ema:>11}"
+                f"{row.macs_ratio:>5.2f}x  {ema:>11}" + (f"  {row.images_seen:>7}" if raced else "")
             )
         best, total = self.best, self.timings["total_seconds"]
         positions = ", ".join(map(str, best.architecture.pool_positions))

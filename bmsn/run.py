@@ -11,7 +11,9 @@ from bmsn.checkpoint import CheckpointStore, environment, environment_difference
 from bmsn.config import FilledConfig, SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError
+from bmsn.evaluator import Scores
 from bmsn.loop import SearchLoop
+from bmsn.racing import Race, images_seen
 from bmsn.result import SearchResult
 from bmsn.runfolder import MetricsFile, RunFolder
 from bmsn.space import SearchSpace
@@ -168,15 +170,27 @@ def _search(
             "architecture": [a.slug for a, _ in scores.pairs],
             "supernet": [m for _, m in scores.pairs],
             "correct": scores.correct.tolist(),
+            "images_seen": images_seen(scores),
             "total": scores.total,
         },
         truth=loop.against_truth(ranked),
-        notes=(f"{loop.nan_steps} updates were skipped: their loss was not finite.",) if loop.nan_steps else (),
+        notes=_notes(loop, scores),
     )
     if folder is not None:
         write_atomically(folder.path / "ranking.csv", result.to_csv().encode())
         write_atomically(folder.result_path, result.to_json().encode())
     return result
+
+
+def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
+    notes = [f"{loop.nan_steps} updates were skipped: their loss was not finite."] if loop.nan_steps else []
+    if isinstance(scores, Race):
+        notes.append(
+            f"Race for the top {len(scores.top)} at confidence {loop.config.confidence:g}: settled after "
+            f"{scores.decided_after} of {scores.total} images, {100 * scores.share_seen:.0f}% of the scoring done. "
+            "An accuracy on fewer images ranks below those on all of them; only these are compared with a truth."
+        )
+    return tuple(notes)
 
 
 def _how_to_go_on(config: SearchConfig) -> str:

@@ -54,7 +54,7 @@ def finished(spec, tmp_path_factory):
 def test_result_files(finished):
     folder, printed, _ = finished
     result = json.loads((folder / "result.json").read_text())
-    assert result["schema_version"] == 1
+    assert result["schema_version"] == 2
     assert set(result["timings"]) == {"train_images_per_second", "train_seconds", "score_seconds", "total_seconds"}
     assert result["scores"]["total"] == 64
     assert len(result["scores"]["correct"]) == len(result["ranking"]) == 15
@@ -152,8 +152,8 @@ def test_result_is_found_again_and_best_can_be_built(spec):
     assert again.ranking == result.ranking
     network = bmsn.build_network(bmsn.SearchSpace.named("resnet14-cifar10"), result.best.architecture, num_classes=4)
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
-    with pytest.raises(bmsn.InputError, match="schema_version must be 1; got 2"):
-        bmsn.SearchResult.from_json(result.to_json().replace('"schema_version": 1', '"schema_version": 2'), "here")
+    with pytest.raises(bmsn.InputError, match="schema_version must be 2; got 1"):
+        bmsn.SearchResult.from_json(result.to_json().replace('"schema_version": 2', '"schema_version": 1'), "here")
 
 
 def test_public_calls_leave_global_state_alone(spec):
