@@ -44,12 +44,12 @@ class Elimination:
         K[a, b] = product over draws of 1 + f (d - mu) / (n + mu),        0 <= f <= 1,
 
     is a non-negative supermartingale that starts at 1. It needs no limit on the number of looks (Ville's inequality).
-    It is also paired: batches that are hard for both cancel. With f = 1 and d constant it grows by
-    (B d / n) log(B / r), which no test of this guarantee beats: a population in which B d / n of the batches hold -n
-    instead of d has D near 0, and looks the same with probability exp(-that). The range n is what costs: a gap of g
-    (share of images) takes until B g log(B / r) is about log(K (C - K) / (1 - confidence)) if a single rival shows it,
-    so many small batches decide sooner than few large ones. The variance, tiny beside n^2, hardly enters; bets that
-    adapt to it were not faster (see `_BET`).
+    It is also paired: batches that are hard for both cancel. With f = 1 and d constant its logarithm is about
+    (B d / n) log(B / r), which no test of this guarantee can beat by much: a population in which B d / n of the batches
+    hold -n instead of d has D <= 0, and looks the same so far with about the probability exp(-that). The range n is
+    what costs: a gap of g (share of images) takes until B g log(B / r) is about log(K (C - K) / (1 - confidence)) if a
+    single rival shows it, so many small batches decide sooner than few large ones. The variance, tiny beside n^2,
+    hardly enters; bets that adapt to it were not faster (see `_BET`).
 
     All comparisons. If b is in the true top K, then at least C - K of its C - 1 rivals do not beat it; which ones is
     unknown, but the mean of the C - K smallest capitals K[., b] is at most the mean over those C - K, which is a
@@ -59,8 +59,8 @@ class Elimination:
     C (C - 1) comparisons: for K = 1 not at all, and the evidence of several stronger rivals adds up. A dropped
     candidate's capitals stop where they are, which keeps them supermartingales.
 
-    Sources: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting" (without
-    replacement: section 5); Vovk & Wang 2021, "E-values: calibration, combination and applications" (means); Maron &
+    Sources: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting" (its
+    part on sampling without replacement); Vovk & Wang 2021, "E-values: calibration, combination and applications" (means); Maron &
     Moore 1994, "Hoeffding races" (racing). The capital matrix takes 8 C^2 bytes.
 
     Args:
