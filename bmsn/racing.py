@@ -59,9 +59,9 @@ class Elimination:
     C (C - 1) comparisons: for K = 1 not at all, and the evidence of several stronger rivals adds up. A dropped
     candidate's capitals stop where they are, which keeps them supermartingales.
 
-    Sources: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting" (its
-    part on sampling without replacement); Vovk & Wang 2021, "E-values: calibration, combination and applications" (means); Maron &
-    Moore 1994, "Hoeffding races" (racing). The capital matrix takes 8 C^2 bytes.
+    Sources: Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting" (its part on
+    sampling without replacement); Vovk & Wang 2021, "E-values: calibration, combination and applications" (means);
+    Maron & Moore 1994, "Hoeffding races" (racing). The capital matrix takes 8 C^2 bytes.
 
     Args:
         num_candidates: C.

@@ -188,7 +188,7 @@ def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
         notes.append(
             f"Race for the top {len(scores.top)} at confidence {loop.config.confidence:g}: settled after "
             f"{scores.decided_after} of {scores.total} images, {100 * scores.share_seen:.0f}% of the scoring done. "
-            "An accuracy on fewer images ranks below those on all of them; only these are compared with a truth."
+            "An accuracy on fewer images ranks below those on all of them; only the latter are compared with a truth."
         )
     return tuple(notes)
 
