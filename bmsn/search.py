@@ -16,6 +16,7 @@ import yaml
 
 from bmsn.config import SearchConfig, load_config
 from bmsn.errors import InputError, RunStopped
+from bmsn.memory import keep_freed_memory
 from bmsn.run import Interrupted, run_search
 from bmsn.runfolder import SignalFlag
 
@@ -92,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.print_config:
             _print(yaml.safe_dump(command.search.filled().as_dict(), sort_keys=False).rstrip())
             return 0
+        keep_freed_memory()
         with SignalFlag() as signals:
             try:
                 result = run_search(
