@@ -144,8 +144,13 @@ class SupernetMixture(nn.Module):
         x = images
         if weights.stem is not None:
             x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3)), 3, 2, 1)
+        pool, positions = self.space.pool, architecture.pool_positions
         for index, (layer, w) in enumerate(zip(self.space.layers, weights.layers, strict=True)):
-            x = _layer(x, layer, w, self.space.pool if index in architecture.pool_positions else None)
+            # A pooling before the next layer ends this one: one sweep instead of three.
+            max_pool = pool == "max" and index + 1 in positions
+            x = _layer(x, layer, w, stride=1 + (pool == "stride" and index in positions), max_pool=max_pool)
+            if pool == "avg" and index + 1 in positions:
+                x = F.avg_pool2d(x, 2)
         features = x.mean((2, 3), dtype=weights.head_weight.dtype)
         return F.linear(features, weights.head_weight, weights.head_bias)
 
@@ -170,25 +175,21 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
         )
 
 
-def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], downsample: str | None) -> Tensor:
-    """One layer of a supernet on one statistics group; `downsample`: max, avg, stride or None."""
-    if downsample == "max":
-        x = F.max_pool2d(x, 2)
-    elif downsample == "avg":
-        x = F.avg_pool2d(x, 2)
-    strides = 2 if downsample == "stride" else 1
+def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int, max_pool: bool) -> Tensor:
+    """One layer of a supernet on one statistics group, with the max-pooling behind it if the next layer has one."""
     y = x
     for conv in layer.main:
         if conv is not layer.main[0]:
             y = norm_relu(y)
-        y = F.conv2d(y, weights[conv.name], stride=strides if conv.stage == "at" else 1, padding=conv.kernel // 2)
+        y = F.conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1, padding=conv.kernel // 2)
     if layer.kind == "stem":
-        return norm_relu(y)
-    if layer.shortcut is not None:
-        return norm_add_relu(y, F.conv2d(x, weights["shortcut"], stride=strides), normalise_shortcut=True)
-    if strides == 2:
+        return norm_relu(y, max_pool=max_pool)
+    projects = layer.shortcut is not None
+    if projects:
+        x = F.conv2d(x, weights["shortcut"], stride=stride)
+    elif stride == 2:
         x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-    return norm_add_relu(y, x, normalise_shortcut=False)
+    return norm_add_relu(y, x, normalise_shortcut=projects, max_pool=max_pool)
 
 
 # One architecture alone: plain torch, nothing of bmsn inside. ---------------------------------------------------------

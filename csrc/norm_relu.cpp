@@ -4,6 +4,7 @@
 #include <cmath>
 #include <memory>
 #include <numeric>
+#include <type_traits>
 
 #include "norm_lanes.h"
 
@@ -168,7 +169,7 @@ BMSN_CLONES void normalise_chunk(const Chunk& chunk, Shortcut kind, const Branch
 
 // totals (3, channels): sum of e, sum of e * (x - mean), and the same product for a normalised shortcut.
 // With a shortcut e is left in `active`: it is the gradient of a plain one.
-template <Shortcut kind, typename T>
+template <Shortcut kind, bool masks, typename T>
 BMSN_INLINE void sum_gradients(const Chunk& chunk, const T* grad, const T* y, const Branch<T>& main, const Branch<T>& shortcut,
                                T* active, double* totals) {
     const std::int64_t channels = chunk.channels;
@@ -179,13 +180,13 @@ BMSN_INLINE void sum_gradients(const Chunk& chunk, const T* grad, const T* y, co
         if constexpr (kind == Shortcut::normalised) mean2 = spread<T>(shortcut.mean, channels, column);
         sweep(chunk, column, [&](std::int64_t j, std::int64_t at, std::int64_t count) __attribute__((always_inline)) {
             const Pair d = load(main.x + at, count) - mean.at[j];
-            const Pair mask = kind == Shortcut::none ? d : load(y + at, count);
-            const Pair e = only<T>(count, where_positive(mask, load(grad + at, count)));
+            Pair e = only<T>(count, load(grad + at, count));
+            if constexpr (masks) e = where_positive(kind == Shortcut::none ? d : load(y + at, count), e);
             sum.at[j] = sum.at[j] + e;
             product.at[j] = product.at[j] + only<T>(count, e * d);
             if constexpr (kind == Shortcut::normalised)
                 product2.at[j] = product2.at[j] + only<T>(count, e * (load(shortcut.x + at, count) - mean2.at[j]));
-            if constexpr (kind != Shortcut::none) store(active + at, count, e);
+            if constexpr (masks && kind != Shortcut::none) store(active + at, count, e);
         });
         fold<T>(sum, channels, column, totals);
         fold<T>(product, channels, column, totals + channels);
@@ -194,21 +195,24 @@ BMSN_INLINE void sum_gradients(const Chunk& chunk, const T* grad, const T* y, co
 }
 
 template <typename T>
-BMSN_INLINE void sum_gradients(const Chunk& chunk, Shortcut kind, const T* grad, const T* y, const Branch<T>& main,
+BMSN_INLINE void sum_gradients(const Chunk& chunk, Shortcut kind, bool masked, const T* grad, const T* y, const Branch<T>& main,
                                const Branch<T>& shortcut, T* active, double* totals) {
-    if (kind == Shortcut::none) sum_gradients<Shortcut::none>(chunk, grad, y, main, shortcut, active, totals);
-    if (kind == Shortcut::plain) sum_gradients<Shortcut::plain>(chunk, grad, y, main, shortcut, active, totals);
-    if (kind == Shortcut::normalised) sum_gradients<Shortcut::normalised>(chunk, grad, y, main, shortcut, active, totals);
+    const auto sum = [&]<bool masks>(std::bool_constant<masks>) __attribute__((always_inline)) {
+        if (kind == Shortcut::none) sum_gradients<Shortcut::none, masks>(chunk, grad, y, main, shortcut, active, totals);
+        if (kind == Shortcut::plain) sum_gradients<Shortcut::plain, masks>(chunk, grad, y, main, shortcut, active, totals);
+        if (kind == Shortcut::normalised) sum_gradients<Shortcut::normalised, masks>(chunk, grad, y, main, shortcut, active, totals);
+    };
+    masked ? sum(std::true_type{}) : sum(std::false_type{});
 }
 
-BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, const float* grad, const float* y,
+BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, bool masked, const float* grad, const float* y,
                                   const Branch<float>& main, const Branch<float>& shortcut, float* active, double* totals) {
-    sum_gradients(chunk, kind, grad, y, main, shortcut, active, totals);
+    sum_gradients(chunk, kind, masked, grad, y, main, shortcut, active, totals);
 }
-BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, const std::uint16_t* grad, const std::uint16_t* y,
+BMSN_CLONES void gradient_sums_of(const Chunk& chunk, Shortcut kind, bool masked, const std::uint16_t* grad, const std::uint16_t* y,
                                   const Branch<std::uint16_t>& main, const Branch<std::uint16_t>& shortcut,
                                   std::uint16_t* active, double* totals) {
-    sum_gradients(chunk, kind, grad, y, main, shortcut, active, totals);
+    sum_gradients(chunk, kind, masked, grad, y, main, shortcut, active, totals);
 }
 
 // dx = rstd * e - constant - (x - mean) * linear; e = grad, which ReLU masks here where there is no shortcut.
@@ -289,6 +293,47 @@ BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits*
         }
 }
 
+// The same, and which of the four it was: the first of equal ones.
+template <typename Bits>
+BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits* lines, Bits* out, std::uint8_t* index) {
+    const Bits* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t left = 2 * x * channels + c, right = left + channels;
+            const Bits top = std::max(lines[left], lines[right]), bottom = std::max(below[left], below[right]);
+            const auto top_place = static_cast<std::uint8_t>(lines[right] > lines[left]);
+            const auto bottom_place = static_cast<std::uint8_t>(2 + (below[right] > below[left]));
+            out[x * channels + c] = std::max(top, bottom);
+            index[x * channels + c] = bottom > top ? bottom_place : top_place;
+        }
+}
+
+// One of the four gets the gradient of the window, if that was positive (or NaN).
+template <typename Bits>
+BMSN_INLINE void unpool(std::int64_t width, std::int64_t channels, const Bits* grad, const Bits* pooled, const std::uint8_t* index,
+                        Bits* lines) {
+    Bits* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t at = x * channels + c, left = 2 * x * channels + c, right = left + channels;
+            const Bits value = pooled[at] != 0 ? grad[at] : 0;
+            lines[left] = index[at] == 0 ? value : 0;
+            lines[right] = index[at] == 1 ? value : 0;
+            below[left] = index[at] == 2 ? value : 0;
+            below[right] = index[at] == 3 ? value : 0;
+        }
+}
+
+BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const float* grad, const float* pooled,
+                              const std::uint8_t* index, float* lines) {
+    unpool(width, channels, reinterpret_cast<const Bits32*>(grad), reinterpret_cast<const Bits32*>(pooled), index,
+           reinterpret_cast<Bits32*>(lines));
+}
+BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const std::uint16_t* grad, const std::uint16_t* pooled,
+                              const std::uint8_t* index, std::uint16_t* lines) {
+    unpool(width, channels, grad, pooled, index, lines);
+}
+
 template <typename T>
 BMSN_INLINE void pool_mean(std::int64_t width, std::int64_t channels, const T* lines, T* out) {
     const T* const below = lines + width * channels;
@@ -300,14 +345,22 @@ BMSN_INLINE void pool_mean(std::int64_t width, std::int64_t channels, const T* l
         }
 }
 
-BMSN_CLONES void pool_lines(Pool pool, std::int64_t width, std::int64_t channels, const float* lines, float* out) {
-    static_assert(sizeof(float) == sizeof(std::uint32_t));
+template <typename Bits, typename T>
+BMSN_INLINE void pool(Pool pool, std::int64_t width, std::int64_t channels, const T* lines, T* out, std::uint8_t* index) {
+    static_assert(sizeof(T) == sizeof(Bits));
+    const auto* const from = reinterpret_cast<const Bits*>(lines);
     if (pool == Pool::mean) return pool_mean(width, channels, lines, out);
-    pool_max(width, channels, reinterpret_cast<const Bits32*>(lines), reinterpret_cast<Bits32*>(out));
+    index ? pool_max(width, channels, from, reinterpret_cast<Bits*>(out), index)
+          : pool_max(width, channels, from, reinterpret_cast<Bits*>(out));
 }
-BMSN_CLONES void pool_lines(Pool pool, std::int64_t width, std::int64_t channels, const std::uint16_t* lines,
-                            std::uint16_t* out) {
-    pool == Pool::mean ? pool_mean(width, channels, lines, out) : pool_max(width, channels, lines, out);
+
+BMSN_CLONES void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const float* lines, float* out,
+                            std::uint8_t* index) {
+    pool<Bits32>(kind, width, channels, lines, out, index);
+}
+BMSN_CLONES void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const std::uint16_t* lines, std::uint16_t* out,
+                            std::uint8_t* index) {
+    pool<std::uint16_t>(kind, width, channels, lines, out, index);
 }
 
 template <typename T>
@@ -333,9 +386,10 @@ void apply(const NormShape& shape, Shortcut kind, const NormApply<T>& call, int 
             if (kind == Shortcut::normalised) shortcut = branch_at(shape, call.shortcut, call.shortcut_stats, group, offset);
             T* const y = call.full ? call.full + offset : kept.get();
             normalise_chunk({channels, count * unit, width}, kind, branch_at(shape, call.x, call.stats, group, offset), shortcut, y);
-            for (std::int64_t line = 0; call.pooled && line < count; ++line)
-                pool_lines(call.pool, call.width, channels, y + line * unit * channels,
-                           call.pooled + offset / 4 + line * unit * channels / 4);
+            for (std::int64_t line = 0; call.pooled && line < count; ++line) {
+                const std::int64_t at = line * unit * channels, to = (offset + at) / 4;
+                pool_lines(call.pool, call.width, channels, y + at, call.pooled + to, call.index ? call.index + to : nullptr);
+            }
         }
     }
 }
@@ -345,7 +399,10 @@ void forward(const NormShape& shape, Shortcut kind, const NormForward<T>& call, 
     float* const shortcut_stats = call.stats + 2 * shape.groups * shape.channels;
     statistics(shape, call.x, call.stats, eps, threads);
     if (kind == Shortcut::normalised) statistics(shape, call.shortcut, shortcut_stats, eps, threads);
-    apply<T>(shape, kind, {call.x, call.shortcut, call.stats, shortcut_stats, call.y, nullptr, Pool::max, 0}, threads);
+    apply<T>(shape, kind,
+             {call.x, call.shortcut, call.stats, shortcut_stats, call.index ? nullptr : call.y, call.index ? call.y : nullptr,
+              call.index, Pool::max, call.width},
+             threads);
 }
 
 template <typename T>
@@ -357,13 +414,23 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
     const auto branch_of = [&](int branch, const T* x, std::int64_t task) {
         return branch_at(shape, x, call.stats + branch * 2 * num_stats, part.group(task), part.offset(task));
     };
+    const bool adds = kind != Shortcut::none, pools = call.index != nullptr;
+    const T* grad = call.grad;
+    if (pools) {  // out of the windows' gradients that of the map, ReLU's mask in it, to where it can stay
+        T* const whole = adds ? call.dshortcut : call.dx;
+        const std::int64_t unit = 2 * call.width * channels;
+#pragma omp parallel for num_threads(threads) schedule(static)
+        for (std::int64_t line = 0; line < shape.groups * shape.rows * channels / unit; ++line)
+            unpool_lines(call.width, channels, call.grad + line * unit / 4, call.y + line * unit / 4, call.index + line * unit / 4,
+                         whole + line * unit);
+        grad = whole;
+    }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t task = 0; task < part.tasks; ++task) {
         const std::int64_t at = part.offset(task);
-        const bool adds = kind != Shortcut::none;
         const Branch<T> shortcut = kind == Shortcut::normalised ? branch_of(1, call.shortcut, task) : Branch<T>{};
-        gradient_sums_of(part.chunk(task), kind, call.grad + at, adds ? call.y + at : nullptr, branch_of(0, call.x, task),
-                         shortcut, adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
+        gradient_sums_of(part.chunk(task), kind, !pools, grad + at, adds && !pools ? call.y + at : nullptr,
+                         branch_of(0, call.x, task), shortcut, adds ? call.dshortcut + at : nullptr, totals.get() + task * 3 * channels);
     }
     const auto lines = std::make_unique_for_overwrite<float[]>(branches * 2 * num_stats);  // (branches, 2, groups, channels)
     for (int branch = 0; branch < branches; ++branch)
@@ -387,8 +454,8 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (std::int64_t task = 0; task < part.tasks; ++task) {
         const std::int64_t at = part.offset(task);
-        const T* const e = (kind == Shortcut::none ? call.grad : call.dshortcut) + at;
-        gradient_chunk(part.chunk(task), kind == Shortcut::none, e, branch_of(0, call.x, task), line_at(0, task), call.dx + at);
+        const T* const e = (adds ? call.dshortcut : grad) + at;
+        gradient_chunk(part.chunk(task), !adds && !pools, e, branch_of(0, call.x, task), line_at(0, task), call.dx + at);
         if (kind == Shortcut::normalised)  // in place, once dx has been made of it
             gradient_chunk(part.chunk(task), false, e, branch_of(1, call.shortcut, task), line_at(1, task), call.dshortcut + at);
     }

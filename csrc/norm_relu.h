@@ -28,6 +28,8 @@ struct NormForward {
     const T *x, *shortcut;  // shortcut: null without one
     T* y;
     float* stats;
+    std::uint8_t* index = nullptr;  // not null: y is the 2x2 max-pooled map, and this says which of each four it took
+    std::int64_t width = 0;         // of a map, even; read with an index
 };
 
 // The second half alone, of statistics that are there: (2, groups, channels), mean and rstd.
@@ -36,6 +38,7 @@ struct NormApply {
     const T *x, *shortcut;
     const float *stats, *shortcut_stats;
     T *full, *pooled;  // the result, or `x` itself to replace it; the result after 2x2 pooling; null: not wanted
+    std::uint8_t* index;  // which of each four max-pooling took; null: not wanted
     Pool pool;
     std::int64_t width;  // of a map, even; read where pooled is wanted
 };
@@ -45,6 +48,8 @@ struct NormBackward {
     const T *grad, *y, *x, *shortcut;  // y: read with a shortcut only; shortcut: read where it was normalised
     const float* stats;
     T *dx, *dshortcut;  // dshortcut: null without a shortcut
+    const std::uint8_t* index = nullptr;  // as in the forward pass; grad and y are then those of the pooled map
+    std::int64_t width = 0;
 };
 
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads);

@@ -37,11 +37,12 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
     return x, shortcut, grad
 
 
-def op(kind: str, backend: str) -> Run:
+def op(kind: str, backend: str, max_pool: bool = False) -> Run:
     def run(x: Tensor, shortcut: Tensor, num_groups: int) -> Tensor:
+        options = {"max_pool": max_pool, "backend": backend}
         if kind == "none":
-            return norm_relu(x, num_groups, backend=backend)
-        return norm_add_relu(x, shortcut, num_groups, normalise_shortcut=kind == "normalised", backend=backend)
+            return norm_relu(x, num_groups, **options)
+        return norm_add_relu(x, shortcut, num_groups, normalise_shortcut=kind == "normalised", **options)
 
     return run
 
@@ -86,6 +87,26 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], kind: str, dtype: 
     for name, value in found.items():
         assert value.is_contiguous(memory_format=torch.channels_last)
         assert_no_worse(value, eager=eager[name], oracle=oracle[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 2, 2), (3, 2, 5, 6, 4), (2, 8, 16, 32, 32), (1, 2, 64, 6, 300)], ids=str)
+def test_max_pooling_is_torchs_behind_the_rest(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, backend: str
+) -> None:
+    x, shortcut, grad = make_inputs(shape, dtype)
+    x[:, :, :, 1::2] = x[:, :, :, 0::2]  # two of each four are equal: the first gets the gradient
+    shortcut[:, :, :, 1::2] = shortcut[:, :, :, 0::2]
+    grad = channels_last(grad[:, :, ::2, ::2])
+    plain = op(kind, backend)
+    expected = with_gradients(lambda x, s, g: F.max_pool2d(plain(x, s, g), 2), x, shortcut, shape[0], grad)
+    found = with_gradients(op(kind, backend, max_pool=True), x, shortcut, shape[0], grad)
+    assert found.keys() == expected.keys()
+    for name, value in found.items():
+        assert value.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(value, expected[name]), name
 
 
 @needs_cpp
@@ -198,13 +219,21 @@ def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...], kind: 
     def address(buffer: Tensor) -> int:
         return buffer.data_ptr() + guard * buffer.element_size()
 
-    x, shortcut, grad = (guarded(size, dtype, image) for image in images)
-    y, dx, dshortcut = (guarded(size, dtype) for _ in range(3))
+    max_pool = shape[3] % 2 == 0
+    x, shortcut = (guarded(size, dtype, image) for image in images[:2])
+    grad = guarded(size // 4, dtype, images[2][:, :, ::2, ::2]) if max_pool else guarded(size, dtype, images[2])
+    y = guarded(size // 4 if max_pool else size, dtype)
+    dx, dshortcut = (guarded(size, dtype) for _ in range(2))
+    index = torch.full((size // 4 + 2 * guard,), 255, dtype=torch.uint8)
+    pooling = (address(index) if max_pool else 0, shape[4])
     stats = guarded(branches * 2 * num_groups * channels, torch.float32)
     groups_rows_channels = (num_groups, size // channels // num_groups, channels)
     call = (groups_rows_channels, dtype == torch.bfloat16, getattr(cpp.Shortcut, kind))
-    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), EPS, 2)
-    cpp.norm_relu_backward(*call, *(address(t) for t in (grad, y, x, shortcut, stats, dx, dshortcut)), 2)
+    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), *pooling, EPS, 2)
+    cpp.norm_relu_backward(*call, *(address(t) for t in (grad, y, x, shortcut, stats, dx, dshortcut)), *pooling, 2)
+    assert (index[:guard] == 255).all()
+    assert (index[-guard:] == 255).all()
+    assert not max_pool or (index[guard:-guard] < 4).all()
     for name, buffer in {"y": y, "stats": stats, "dx": dx, "dshortcut": dshortcut}.items():
         assert buffer[:guard].isnan().all(), name
         assert buffer[-guard:].isnan().all(), name
@@ -243,13 +272,15 @@ def test_gradcheck(kind: str) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     x, shortcut, grad = make_inputs((2, 2, 3, 4, 4), dtype)
     ops = torch.ops.bmsn
-    for normalise in (False, True):
-        y, stats = ops.norm_add_relu(x, shortcut, 2, normalise)
-        torch.library.opcheck(ops.norm_add_relu.default, (x, shortcut, 2, normalise))
-        backward_args = (grad, y, x, shortcut if normalise else None, stats)
+    for normalise, max_pool in ((False, False), (True, False), (True, True)):
+        y, stats, index = ops.norm_add_relu(x, shortcut, 2, normalise, max_pool)
+        torch.library.opcheck(ops.norm_add_relu.default, (x, shortcut, 2, normalise, max_pool))
+        pooled_grad = channels_last(grad[:, :, ::2, ::2]) if max_pool else grad
+        backward_args = (pooled_grad, y, x, shortcut if normalise else None, stats, index if max_pool else None)
         torch.library.opcheck(ops.norm_add_relu_backward.default, backward_args)
-    torch.library.opcheck(ops.norm_relu.default, (x, 2))
-    torch.library.opcheck(ops.norm_relu_backward.default, (grad, x, ops.norm_relu(x, 2)[1]))
+    torch.library.opcheck(ops.norm_relu.default, (x, 2, False))
+    stats = ops.norm_relu(x, 2, False)[1]
+    torch.library.opcheck(ops.norm_relu_backward.default, (grad, None, x, stats, None))
 
 
 def test_bad_input() -> None:
@@ -271,5 +302,7 @@ def test_bad_input() -> None:
             norm_relu(x, num_groups)
     with pytest.raises(InputError, match="has 3 channels and 1 values"):
         norm_relu(channels_last(x[:, :, :1, :1]), 4)
+    with pytest.raises(ValueError, match=r"even height and width; x is \(4, 3, 4, 3\)"):
+        norm_relu(channels_last(x[..., :3]), max_pool=True)
     with pytest.raises(InputError, match="norm_relu has only: reference"):
         norm_relu(x.double(), backend="cpp")
