@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from bmsn.errors import InputError
-from bmsn.space import LARGE_STEM_STRIDE, Architecture, SearchSpace
+from bmsn.space import LARGE_STEM_STRIDE, Architecture, SearchSpace, State
 
 Pair = tuple[Architecture, int]
 History = tuple[int, ...]
@@ -65,22 +65,21 @@ class Wave:
 
 @dataclass(eq=False)
 class _Node:
-    """A state while the plan is being made."""
+    """A state of one supernet while the plan is being made."""
 
     supernet: int
-    pool_positions: History
-    layer: int
-    children: dict[History, _Node] = field(default_factory=dict)
-    pair: int | None = None
+    state: State
+    pair: int | None
+    children: list[_Node] = field(default_factory=list)
     maps: list[_Map] = field(default_factory=list)  # what it writes, made once
 
     @property
-    def num_pools(self) -> int:
-        return len(self.pool_positions)
+    def layer(self) -> int:
+        return self.state.layer
 
     @property
-    def pools(self) -> bool:
-        return bool(self.pool_positions) and self.pool_positions[-1] == self.layer
+    def num_pools(self) -> int:
+        return self.state.num_pools
 
 
 @dataclass(eq=False)
@@ -183,22 +182,27 @@ class EvaluationPlan:
         """The roots (layer 0) of each supernet's prefix tree."""
         if not pairs:
             raise InputError("pairs is empty: there is nothing to score")
-        roots: dict[tuple[int, History], _Node] = {}
+        ends: dict[int, dict[History, int]] = {}  # of each supernet, where its architectures stand in `pairs`
         for index, (architecture, supernet) in enumerate(pairs):
             self.space.check(architecture)
-            node = roots.setdefault((supernet, ()), _Node(supernet, (), 0))
-            for layer in range(1, self.space.num_layers):
-                history = tuple(p for p in architecture.pool_positions if p <= layer)
-                node = node.children.setdefault(history, _Node(supernet, history, layer))
-            if node.pair is not None:
-                raise InputError(f"pairs[{index}] repeats pairs[{node.pair}]: {architecture} with supernet {supernet}")
-            node.pair = index
-        return [roots[key] for key in sorted(roots)]
+            first = ends.setdefault(supernet, {}).setdefault(architecture.pool_positions, index)
+            if first != index:
+                raise InputError(f"pairs[{index}] repeats pairs[{first}]: {architecture} with supernet {supernet}")
+        roots: list[_Node] = []
+        for supernet, places in sorted(ends.items()):
+            above: list[_Node] = []
+            for states in self.space.prefix_tree([pairs[index][0] for index in places.values()]):
+                last = states[0].layer == self.space.num_layers - 1
+                nodes = [_Node(supernet, s, places[s.pool_positions] if last else None) for s in states]
+                for node in nodes:
+                    (above[node.state.parent].children if above else roots).append(node)
+                above = nodes
+        return roots
 
     def _maps(self, node: _Node) -> list[_Map]:
         """What a state writes for its children: one map for both where they stride themselves, else one for each."""
         if not node.maps and node.children:
-            children = sorted(node.children.values(), key=lambda child: child.pools)
+            children = sorted(node.children, key=lambda child: child.num_pools)
             groups = [children] if self.space.pool == "stride" else [[child] for child in children]
             for readers in groups:
                 num_pools = node.num_pools if self.space.pool == "stride" else readers[0].num_pools
@@ -277,8 +281,8 @@ class EvaluationPlan:
         used, workspace = sum(self._tops), 0
         sources = {node: source for source in part for node in source.readers}
         strides = self.space.pool == "stride"
-        for kind in sorted({(node.num_pools, strides and node.pools) for node in sources}, reverse=True):
-            nodes = [node for node in sources if (node.num_pools, strides and node.pools) == kind]
+        for kind in sorted({(node.num_pools, strides and node.state.pools) for node in sources}, reverse=True):
+            nodes = [node for node in sources if (node.num_pools, strides and node.state.pools) == kind]
             layer, num_pools = nodes[0].layer, kind[0]
             chunk = min(len(nodes), self._chunk(layer, num_pools, self._cap - used))
             workspace = max(workspace, self._workspace(layer, num_pools, chunk))
@@ -299,6 +303,6 @@ class EvaluationPlan:
             places = {m.num_pools - node.num_pools: address(m) for m in node.maps}
             source = None if wave.layer == 0 else address(sources[node])
             states.append(
-                PlannedState(node.supernet, node.pool_positions, source, places.get(0), places.get(1), node.pair)
+                PlannedState(node.supernet, node.state.pool_positions, source, places.get(0), places.get(1), node.pair)
             )
         return replace(wave, states=tuple(states))
