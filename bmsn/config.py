@@ -25,6 +25,8 @@ class Procedure:
         milestones: fractions of the training at which the learning rate is multiplied by `factor`; none: cosine.
         factor: see `milestones`.
         anneal: learning rate and 1/tau change with every step, or with every epoch.
+        visits: the architecture of each step is drawn on its own, or in blocks: shuffled, each of them once a block, so
+            that no two are ever more than one visit apart.
     """
 
     ema_decay: float = 0.9
@@ -32,6 +34,7 @@ class Procedure:
     milestones: tuple[float, ...] = ()
     factor: float = 0.1
     anneal: Literal["step", "epoch"] = "step"
+    visits: Literal["independent", "blocks"] = "blocks"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +250,7 @@ _PRESETS = {
             balance_every=1,
             score="best",
         ),
-        procedure=Procedure(tol=1e-4),
+        procedure=Procedure(tol=1e-4, visits="independent"),
     ),
     "authors": _Preset(
         epochs=101,
@@ -261,7 +264,7 @@ _PRESETS = {
             balance_every="epoch",
             score="best",
         ),
-        procedure=Procedure(tol=1e-4, anneal="epoch"),
+        procedure=Procedure(tol=1e-4, anneal="epoch", visits="independent"),
     ),
 }
 _RESNET18 = dict(epochs=400, milestones=(0.5, 0.75), factor=0.1, weight_decay=5e-3)

@@ -34,6 +34,15 @@ MAX_NAN_STEPS = 20
 NUM_SNAPSHOTS = 50
 
 
+def draw_architectures(num_architectures: int, num_steps: int, seed: int, *, in_blocks: bool) -> np.ndarray:
+    """(num_steps,) int64: each step's architecture, uniform: independently, or in shuffled blocks of each once."""
+    random = generator(seed, "architectures")
+    if not in_blocks:
+        return random.integers(num_architectures, size=num_steps)
+    blocks = np.tile(np.arange(num_architectures), (-(-num_steps // num_architectures), 1))
+    return random.permuted(blocks, axis=1).ravel()[:num_steps]
+
+
 class SearchLoop:
     """One search: its networks, mixture, data and step number.
 
@@ -96,7 +105,9 @@ class SearchLoop:
             balance_every=self.steps_per_epoch if config.balance_every == "epoch" else config.balance_every,
         )
         # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
-        self.drawn = generator(config.seed, "architectures").integers(len(self.space), size=self.num_steps + 1)
+        self.drawn = draw_architectures(
+            len(self.space), self.num_steps + 1, config.seed, in_blocks=config.procedure.visits == "blocks"
+        )
         self.uniforms = generator(config.seed, "supernets").random(self.num_steps + 1)
         self.step = 0
         self.supernet = self.mixture.draw(int(self.drawn[0]), self.inverse_temperature(0), float(self.uniforms[0]))

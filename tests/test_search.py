@@ -13,11 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 import bmsn
 import bmsn.loop
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
+from bmsn.loop import draw_architectures
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from global_state import unchanged
@@ -184,9 +186,10 @@ def test_public_calls_leave_global_state_alone(spec):
          dict(ema_decay=0.9, tol=1e-12, milestones=(), anneal="step")),
         ("paper", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=0.0, weight_decay=1e-3,
          schedule="temperature", balance_every=1, epochs=400, score="best"),
-         dict(ema_decay=0.9, tol=1e-4, milestones=(), anneal="step")),
+         dict(ema_decay=0.9, tol=1e-4, milestones=(), anneal="step", visits="independent")),
         ("authors", "resnet20-cifar10", dict(batch_size=128, lr=0.1, min_lr=1e-3, weight_decay=0.0, schedule="inverse",
-         balance_every="epoch", epochs=101, score="pairs"), dict(ema_decay=0.9, tol=1e-4, anneal="epoch")),
+         balance_every="epoch", epochs=101, score="pairs"),
+         dict(ema_decay=0.9, tol=1e-4, anneal="epoch", visits="independent")),
         ("authors", "resnet18-cifar10", dict(epochs=400, weight_decay=5e-3, score="best"),
          dict(ema_decay=0.95, milestones=(0.5, 0.75), factor=0.1)),
         ("paper", "resnet50-cifar100", dict(epochs=1000), dict(milestones=(0.24, 0.48, 0.64), factor=0.2)),
@@ -205,6 +208,19 @@ def test_the_built_in_set_has_settings_of_its_own():
     assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 128)
     assert SearchConfig(preset="paper").filled().batch_size == 256
     assert SearchConfig(supernets=3, batch_size=64).filled().epochs == 54
+
+
+def test_architectures_are_drawn_uniformly():
+    blocks = draw_architectures(15, 15 * 400 + 7, 3, in_blocks=True)
+    assert all(sorted(block) == list(range(15)) for block in blocks[: 15 * 400].reshape(400, 15).tolist())
+    assert len(set(blocks[-7:].tolist())) == 7  # a block that is cut off holds none twice
+    independent = draw_architectures(15, 15 * 400 + 7, 3, in_blocks=False)
+    for drawn in (blocks, independent):
+        assert drawn.shape == (15 * 400 + 7,)
+        firsts = np.bincount(drawn[: 15 * 400 : 15], minlength=15)  # 400 draws of a place in the block
+        assert stats.chisquare(firsts).pvalue > 1e-3
+        assert not np.array_equal(drawn, draw_architectures(15, 15 * 400 + 7, 4, in_blocks=drawn is blocks))
+    assert np.bincount(independent, minlength=15).max() > 410  # where blocks give each exactly 400
 
 
 def test_learning_rate_and_temperature_follow_the_schedules():
