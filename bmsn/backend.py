@@ -30,8 +30,11 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
     "augment": ("cpp", "reference"),
     "norm_relu": ("cpp", "reference"),
-    "batch_statistics": ("cpp", "reference"),
-    "bn_add_relu_pool": ("cpp", "reference"),
+    "conv_bn": ("cpp", "triton", "reference"),
+    "conv_scale": ("triton", "reference"),
+    "batch_statistics": ("cpp", "triton", "reference"),
+    "bn_add_relu_pool": ("cpp", "triton", "reference"),
+    "head": ("triton", "reference"),
 }
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from bmsn.errors import InputError
 from bmsn.network import SupernetMixture, Weights, check_images
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
-from bmsn.ops.conv_bn import batch_statistics, conv_bn
+from bmsn.ops.conv_bn import conv_bn
 from bmsn.ops.norm_relu import norm_relu
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
 from bmsn.space import SearchSpace
@@ -252,17 +252,20 @@ def _layer(
     if wave.layer == 0 and weights.stem is not None:
         x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3), groups, backend=backend), 3, 2, 1)
     first, *others = layer.main
-    rides = stride == 1 or first.stage == "at"  # the projection, with the first convolution: same input, same stride
+    rides = space.block == "basic" and "shortcut" in w  # the projection, with the first convolution
     y, stats, shortcut, shortcut_stats = conv(
-        x, w[first.name], stride=stride if rides else 1, shortcut_weight=w.get("shortcut") if rides else None
-    )
-    if layer.kind != "stem" and shortcut is None:
-        shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
+        x, w[first.name][None], stride=stride if first.stage == "at" else 1,
+        shortcut_weight=w["shortcut"][None] if rides else None,
+    )  # fmt: skip
+    if layer.kind != "stem" and not rides:
         if "shortcut" in w:
-            shortcut = F.conv2d(x, w["shortcut"], stride=stride)
-            shortcut_stats = batch_statistics(shortcut, groups, backend=backend)
+            shortcut, shortcut_stats, *_ = conv(x, w["shortcut"][None], stride=stride)
+        else:
+            shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
     for step in others:
-        y, stats, *_ = conv(y, w[step.name], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1)
+        y, stats, *_ = conv(
+            y, w[step.name][None], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1
+        )
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(

@@ -1,15 +1,13 @@
-"""The end of a block: BatchNorm by given statistics, residual addition, ReLU, and 2x2 pooling, in one sweep.
+"""The pass between two layers: BatchNorm of the main path, shortcut, ReLU, and what the next wave reads.
 
-    z = relu((y - mean) * rstd + shortcut),  the shortcut normalised too where it has statistics
+    z = relu((y - mean) * rstd + s),  s = shortcut, (shortcut - its mean) * its rstd, or nothing (a stem)
 
-Forward only; z is written to where the caller wants it, as it is, pooled, or both.
+z goes to `full`, its 2x2 pooled map to `pooled`: slots of the buffers of the children that keep and that pool.
 
 Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023, section 2.1 (pooling before a block).
 """
 
 from __future__ import annotations
-
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -17,14 +15,22 @@ from torch import Tensor
 
 from bmsn.backend import resolve
 from bmsn.errors import InputError
-from bmsn.ops.layout import check_images, check_statistics, group_shape, loaded_extension, per_image
+from bmsn.ops.checks import (
+    accumulator_dtype,
+    check_dense,
+    check_feature_map,
+    check_groups,
+    check_same_kind,
+    group_shape,
+    loaded_extension,
+)
 
-PoolOp = Literal["max", "avg"]
+POOLS = ("max", "avg")
 
 torch.library.define(
     "bmsn::bn_add_relu_pool",
     "(Tensor y, Tensor stats, Tensor? shortcut, Tensor? shortcut_stats, Tensor(a!)? full, Tensor(b!)? pooled, "
-    "str pool) -> ()",
+    "str pool, str backend) -> ()",
 )
 
 
@@ -36,49 +42,73 @@ def bn_add_relu_pool(
     *,
     full: Tensor | None = None,
     pooled: Tensor | None = None,
-    pool: PoolOp = "max",
+    pool: str = "max",
     backend: str = "auto",
 ) -> None:
-    """Writes z into `full`, and its pooled map into `pooled`, whichever is given.
+    """Writes relu(norm(y) + shortcut) into `full`, and pooled 2x2 into `pooled`: one read of its inputs. Forward only.
 
     Args:
         y: (G*N, C, H, W), channels_last; float32, bfloat16, or float64 (on the reference only).
-        stats: (2, G, C) float32 (float64 for float64): mean and rstd of y in each of G groups of N consecutive images.
+        stats: (2, G, C) float32 (float64 for float64): mean and rstd of y, for each of the G statistics groups.
         shortcut: like y; None: nothing is added.
-        shortcut_stats: like `stats`, of the shortcut; None: it is added as it is.
-        full: like y, written to; may be y itself.
-        pooled: (G*N, C, H/2, W/2), channels_last, dtype of y, written to: 2x2 windows of z as rounded to its dtype.
-        pool: "max" or "avg".
-        backend: auto, reference or cpp.
+        shortcut_stats: like stats: the shortcut is normalised by them. None: it is added as it is.
+        full: (G*N, C, H, W), channels_last, dtype of y. It may be y or the shortcut itself; nothing else may overlap.
+        pooled: (G*N, C, H/2, W/2), likewise; H and W even. At least one of the two is given.
+        pool: "max" or "avg", of the values rounded to the dtype of y.
+        backend: auto, reference, cpp or triton.
     Raises:
-        TypeError: a dtype not listed, or two that differ.
-        ValueError: a shape, layout or device that does not fit, with both shapes; odd H or W with `pooled`.
-        InputError: neither `full` nor `pooled`, or another pool.
+        InputError: a dtype, rank, layout, device or shape not listed, no output, or an odd map that is to be pooled.
     """
-    check_images("y", y)
-    check_statistics("stats", stats, y)
+    check_feature_map("y", y)
+    if stats.ndim != 3:
+        raise InputError(f"stats must be (2, G, C); got {tuple(stats.shape)}")
+    num_groups = stats.shape[1]
+    check_groups(y, num_groups)
+    shape = (2, num_groups, y.shape[1])
+    check_dense("stats", stats, y, shape, accumulator_dtype(y))
     if shortcut is not None:
-        check_images("shortcut", shortcut, y, y.shape)
-        if shortcut_stats is not None:
-            check_statistics("shortcut_stats", shortcut_stats, y, stats.shape)
+        check_same_kind("shortcut", shortcut, y, tuple(y.shape))
+    if shortcut_stats is not None:
+        if shortcut is None:
+            raise InputError("shortcut_stats must be None where there is no shortcut; got statistics")
+        check_dense("shortcut_stats", shortcut_stats, y, shape, accumulator_dtype(y))
+    if pool not in POOLS:
+        raise InputError(f"pool must be one of {', '.join(POOLS)}; got {pool!r}")
     if full is None and pooled is None:
-        raise InputError("bn_add_relu_pool needs full or pooled to write to; got neither")
-    if pool not in ("max", "avg"):
-        raise InputError(f"pool must be max or avg; got {pool!r}")
+        raise InputError("at least one of full and pooled must be given; got None for both")
     if full is not None:
-        check_images("full", full, y, y.shape)
+        check_same_kind("full", full, y, tuple(y.shape))
     if pooled is not None:
-        images, channels, height, width = y.shape
-        if height % 2 or width % 2:
-            raise ValueError(f"2x2 pooling needs an even height and width; y is {tuple(y.shape)}")
-        check_images("pooled", pooled, y, (images, channels, height // 2, width // 2))
-    if _resolve(y, backend) == "reference":
-        bn_add_relu_pool_reference(y, stats, shortcut, shortcut_stats, full, pooled, pool)
-    else:
-        torch.ops.bmsn.bn_add_relu_pool(y, stats, shortcut, shortcut_stats, full, pooled, pool)
+        if y.shape[2] % 2 or y.shape[3] % 2:
+            raise InputError(f"a map that is pooled 2x2 must have even H and W; got y {tuple(y.shape)}")
+        check_same_kind("pooled", pooled, y, (*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2))
+    available = ("reference",) if y.dtype == torch.float64 else None
+    chosen = resolve("bn_add_relu_pool", backend, available, y.device)
+    torch.ops.bmsn.bn_add_relu_pool(y, stats, shortcut, shortcut_stats, full, pooled, pool, chosen)
 
 
-def bn_add_relu_pool_reference(
+def normalise(x: Tensor, stats: Tensor) -> Tensor:
+    """(x - mean) * rstd in the dtype of `stats` (2, G, C); the reference of every op that applies statistics."""
+    mean, rstd = (per_image(t, len(x)) for t in stats)
+    return (x.to(stats.dtype) - mean) * rstd
+
+
+def per_image(values: Tensor, num_images: int) -> Tensor:
+    """(G, C) -> (num_images, C, 1, 1), each group's values for each of its images."""
+    return values.repeat_interleave(num_images // len(values), 0)[:, :, None, None]
+
+
+def bn_add_relu_reference(
+    y: Tensor, stats: Tensor, shortcut: Tensor | None = None, shortcut_stats: Tensor | None = None
+) -> Tensor:
+    z = normalise(y, stats)
+    if shortcut is not None:
+        z = z + (shortcut if shortcut_stats is None else normalise(shortcut, shortcut_stats))
+    return z.relu().to(y.dtype)
+
+
+@torch.library.impl("bmsn::bn_add_relu_pool", "CompositeExplicitAutograd")
+def _bn_add_relu_pool_impl(
     y: Tensor,
     stats: Tensor,
     shortcut: Tensor | None,
@@ -86,45 +116,28 @@ def bn_add_relu_pool_reference(
     full: Tensor | None,
     pooled: Tensor | None,
     pool: str,
+    backend: str,
 ) -> None:
-    z = _normalise(y, stats)
-    if shortcut is not None:
-        z = z + (shortcut if shortcut_stats is None else _normalise(shortcut, shortcut_stats))
-    z = F.relu(z).to(y.dtype)
+    if backend == "triton":
+        from bmsn.kernels.bn_add_relu_pool import launch_bn_add_relu_pool
+
+        launch_bn_add_relu_pool(y, stats, shortcut, shortcut_stats, full, pooled, pool)
+        return
+    if backend == "cpp":
+        cpp = loaded_extension()
+        kind = cpp.Shortcut.none if shortcut is None else cpp.Shortcut.plain
+        addresses = [0 if t is None else t.data_ptr() for t in (y, shortcut, stats, shortcut_stats, full, pooled)]
+        cpp.norm_add_relu_pool(
+            *(group_shape(y, stats.shape[1]), y.dtype == torch.bfloat16),
+            *(kind if shortcut_stats is None else cpp.Shortcut.normalised, *addresses),
+            *(getattr(cpp.Pool, pool), y.shape[3], torch.get_num_threads()),
+        )
+        return
+    z = bn_add_relu_reference(y, stats, shortcut, shortcut_stats)
     if full is not None:
         full.copy_(z)
     if pooled is not None:
         pooled.copy_((F.max_pool2d if pool == "max" else F.avg_pool2d)(z, 2))
-
-
-def _normalise(x: Tensor, stats: Tensor) -> Tensor:
-    mean, rstd = per_image(stats, x)
-    return (x.to(stats.dtype) - mean) * rstd
-
-
-def _resolve(y: Tensor, backend: str) -> str:
-    available = ("reference",) if y.dtype == torch.float64 else None
-    return resolve("bn_add_relu_pool", backend, available, y.device)
-
-
-@torch.library.impl("bmsn::bn_add_relu_pool", "CPU")
-def _bn_add_relu_pool_cpu(
-    y: Tensor,
-    stats: Tensor,
-    shortcut: Tensor | None,
-    shortcut_stats: Tensor | None,
-    full: Tensor | None,
-    pooled: Tensor | None,
-    pool: str,
-) -> None:
-    cpp = loaded_extension()
-    kind = cpp.Shortcut.none if shortcut is None else cpp.Shortcut.plain
-    addresses = [0 if t is None else t.data_ptr() for t in (y, shortcut, stats, shortcut_stats, full, pooled)]
-    cpp.norm_add_relu_pool(
-        *(group_shape(y, stats.shape[1]), y.dtype == torch.bfloat16),
-        *(kind if shortcut_stats is None else cpp.Shortcut.normalised, *addresses),
-        *(getattr(cpp.Pool, pool), y.shape[3], torch.get_num_threads()),
-    )
 
 
 @torch.library.register_fake("bmsn::bn_add_relu_pool")
@@ -136,5 +149,6 @@ def _bn_add_relu_pool_fake(
     full: Tensor | None,
     pooled: Tensor | None,
     pool: str,
+    backend: str,
 ) -> None:
     return None

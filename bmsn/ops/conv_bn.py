@@ -1,8 +1,12 @@
-"""A convolution between two BatchNorms: normalises its input on the way in, takes the statistics of its output.
+"""Convolutions of stacked states: normalise + ReLU on load, statistics of the output on store, a shortcut riding along.
 
-    y = conv(relu((x - mean) * rstd), w),  and mean and rstd of y in each statistics group
+    y[g] = conv(a[g], weight[weight_index[g]]),  a[g] = relu((x[g] - mean[g]) * rstd[g]) or x[g],  padding (k - 1) / 2
 
-Forward only. Source: Ioffe & Szegedy 2015, alg. 1 without the affine step.
+for the images of statistics group g (one state's batch). y is not normalised: it comes with its own mean and
+rstd = 1 / sqrt(variance + EPS), the variance biased, which the next op applies. `conv_scale` is the variant for frozen
+statistics, where everything behind the convolution happens before its result is stored.
+
+Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023, section 2.3 for what is stacked.
 """
 
 from __future__ import annotations
@@ -15,15 +19,43 @@ from torch import Tensor
 
 from bmsn.backend import resolve
 from bmsn.errors import InputError
-from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
-from bmsn.ops.layout import check_groups, check_images, check_statistics, group_shape, loaded_extension
+from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool, normalise, per_image
+from bmsn.ops.checks import (
+    accumulator_dtype,
+    check_dense,
+    check_feature_map,
+    check_group_values,
+    check_groups,
+    check_rows,
+    check_same_kind,
+    check_weight_index,
+    group_shape,
+    loaded_extension,
+)
 from bmsn.ops.norm_relu import EPS
 
-torch.library.define("bmsn::batch_statistics", "(Tensor x, int num_groups) -> Tensor")
+torch.library.define(
+    "bmsn::conv_bn",
+    "(Tensor x, Tensor weight, int num_groups, Tensor? stats, Tensor? weight_index, int stride, "
+    "Tensor? shortcut_weight, str backend) -> Tensor[]",
+)
+torch.library.define("bmsn::batch_statistics", "(Tensor x, int num_groups, str backend) -> Tensor")
+torch.library.define(
+    "bmsn::conv_scale",
+    "(Tensor x, Tensor weight, int num_groups, Tensor scale, Tensor shift, bool relu, Tensor? shortcut, "
+    "Tensor? weight_index, int stride, str backend) -> Tensor",
+)
 
 
 class ConvBn(NamedTuple):
-    """Un-normalised maps and their statistics (2, G, C); the shortcut's are None without one."""
+    """What `conv_bn` returns.
+
+    Attributes:
+        y: (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x: the convolution, not normalised.
+        stats: (2, G, O) float32 (float64 for float64): mean and rstd of y, for each group and channel.
+        shortcut: like y, of the shortcut's convolution; None where there is none.
+        shortcut_stats: like stats, of `shortcut`.
+    """
 
     y: Tensor
     stats: Tensor
@@ -38,96 +70,167 @@ def conv_bn(
     *,
     stats: Tensor | None = None,
     overwrite: bool = False,
+    weight_index: Tensor | None = None,
     stride: int = 1,
     shortcut_weight: Tensor | None = None,
     backend: str = "auto",
 ) -> ConvBn:
-    """Convolution with its input normalised on load and its output's statistics taken.
-
-    The statistics are those of the values as stored. Two groups never share a value, so a group's result does not
-    depend on what it is stacked with.
+    """Convolves every group with its weight set and returns the output with its statistics. Forward only.
 
     Args:
         x: (G*N, I, H, W), channels_last; float32, bfloat16, or float64 (on the reference only).
-        weight: (O, I, k, k), k odd, of the dtype of x.
-        num_groups: G statistics groups of N consecutive images each.
-        stats: (2, G, I) float32 (float64 for float64), mean and rstd of x: relu((x - mean) * rstd), rounded to the
-            dtype of x, goes into the convolution; None: x itself does.
-        overwrite: that normalised input may replace x, which saves a pass over fresh memory.
-        stride: of the convolution, whose padding is k // 2.
-        shortcut_weight: (O', I, 1, 1): a second convolution of the same input, with the same stride.
-        backend: auto, reference or cpp.
+        weight: (S, O, I, k, k), k 1 or 3, dtype of x, in (S, O, kh, kw, I) order, dense but for the stride of S.
+        num_groups: G statistics groups of N consecutive images, N*H*W at most 2^31 - 2^16.
+        stats: (2, G, I) float32 (float64 for float64): mean and rstd of x. Given, the convolution's input is
+            relu((x - mean) * rstd), computed in that dtype and rounded to that of x; padding is 0 after it.
+        overwrite: that input may replace x, which spares a backend that normalises in a pass of its own fresh memory.
+        weight_index: (G,) int32: the weight set of each group, 0..S-1 (not checked: that would wait for the GPU).
+            None: 0 for all.
+        stride: 1 or 2.
+        shortcut_weight: (S, O, I, 1, 1), like `weight`: a 1x1 convolution of the same input with the same stride.
+        backend: auto, reference, cpp (oneDNN convolves, C++ does the rest) or triton.
     Returns:
-        y (G*N, O, H', W'), channels_last, dtype of x, and its statistics; the same of the shortcut.
+        See `ConvBn`. Sums in float32; statistics of the stored values, or of those before rounding. NaN propagates.
     Raises:
-        TypeError: a dtype not listed, or two that differ.
-        ValueError: a shape, layout or device that does not fit, with both shapes.
-        InputError: groups that do not divide the batch or are left with fewer than 2 values a channel, or a stride
-            below 1.
+        InputError: a dtype, rank, layout, device or shape not listed, or a group with fewer than 2 values of y.
     """
-    check_images("x", x)
-    check_groups(x, num_groups)
+    _check_convolution(x, weight, num_groups, weight_index, stride)
     if stats is not None:
-        check_statistics("stats", stats, x, (2, num_groups, x.shape[1]))
-    if stride < 1:
-        raise InputError(f"stride must be at least 1; got {stride}")
-    for name, w in (("weight", weight), ("shortcut_weight", shortcut_weight)):
-        if w is None:
-            continue
-        if w.dtype != x.dtype:
-            raise TypeError(f"{name} is {w.dtype}; it must be {x.dtype}, as x is")
-        if w.ndim != 4 or w.shape[1] != x.shape[1] or w.shape[2] != w.shape[3] or w.shape[2] % 2 == 0:
-            raise ValueError(f"{name} must be (O, {x.shape[1]}, k, k) with an odd k; got {tuple(w.shape)}")
-        if w.device != x.device:
-            raise ValueError(f"{name} is on {w.device}; it must be on {x.device}, as x is")
-    if stats is not None:
+        check_dense("stats", stats, x, (2, num_groups, x.shape[1]), accumulator_dtype(x))
+    if shortcut_weight is not None:
+        _check_weight("shortcut_weight", shortcut_weight, x, (*weight.shape[:3], 1, 1))
+    shape = _output_shape(x, weight, stride)
+    check_group_values(shape[0] // num_groups * shape[2] * shape[3])
+    chosen = _resolve("conv_bn", x, backend)
+    if chosen == "cpp" and stats is not None:
         normalised = x if overwrite else torch.empty_like(x)
-        bn_add_relu_pool(x, stats, full=normalised, backend=backend)
-        x = normalised
-    y = F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2)
-    shortcut = None if shortcut_weight is None else F.conv2d(x, shortcut_weight, stride=stride)
-    return ConvBn(
-        y,
-        batch_statistics(y, num_groups, backend=backend),
-        shortcut,
-        None if shortcut is None else batch_statistics(shortcut, num_groups, backend=backend),
-    )
+        bn_add_relu_pool(x, stats, full=normalised, backend=chosen)
+        x, stats = normalised, None
+    out = torch.ops.bmsn.conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, chosen)
+    return ConvBn(out[0], out[1], *((out[2], out[3]) if len(out) == 4 else (None, None)))
+
+
+def conv_scale(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    *,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None = None,
+    weight_index: Tensor | None = None,
+    stride: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """conv(x, weight[weight_index[g]]) * scale[g] + shift[g], + shortcut, ReLU: BatchNorm frozen. Forward only.
+
+    Args:
+        x, weight, num_groups, weight_index, stride, backend: as in `conv_bn`; a group may be a single image.
+        scale, shift: (G, O) float32 (float64 for float64): rstd and -mean * rstd of the frozen statistics.
+        relu: whether ReLU comes last.
+        shortcut: what is added before ReLU, of the output's shape, layout and dtype.
+    Returns:
+        (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x; rounded to it no earlier than at the
+        end where the kernel is ours. NaN propagates.
+    Raises:
+        InputError: as `conv_bn`, but for the size of a group.
+    """
+    _check_convolution(x, weight, num_groups, weight_index, stride)
+    shape = _output_shape(x, weight, stride)
+    for name, tensor in (("scale", scale), ("shift", shift)):
+        check_dense(name, tensor, x, (num_groups, shape[1]), accumulator_dtype(x))
+    if shortcut is not None:
+        check_same_kind("shortcut", shortcut, x, shape)
+    chosen = _resolve("conv_scale", x, backend)
+    return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
 
 
 def batch_statistics(x: Tensor, num_groups: int, *, backend: str = "auto") -> Tensor:
-    """Mean and 1 / sqrt(biased variance + EPS) of each channel in each statistics group.
+    """Mean and rstd of every group and channel of a map that another library convolved. Forward only.
 
     Args:
         x: (G*N, C, H, W), channels_last; float32, bfloat16, or float64 (on the reference only).
-        num_groups: G statistics groups of N consecutive images each.
-        backend: auto, reference or cpp.
+        num_groups: G statistics groups of N consecutive images, N*H*W at most 2^31 - 2^16.
+        backend: auto, reference, cpp or triton.
     Returns:
-        (2, G, C) float32 (float64 for float64). Nothing cancels: 262,144 values of mean 1000 and variance 1 keep their
-        variance. NaN propagates to its channel.
+        (2, G, C) float32 (float64 for float64); no sum of squares is kept, so a large mean cancels nothing.
     Raises:
-        TypeError, ValueError, InputError: as `conv_bn`.
+        InputError: a dtype, rank or layout not listed, or a group with fewer than 2 values.
     """
-    check_images("x", x)
+    check_feature_map("x", x)
     check_groups(x, num_groups)
-    available = ("reference",) if x.dtype == torch.float64 else None
-    if resolve("batch_statistics", backend, available, x.device) == "reference":
-        return batch_statistics_reference(x, num_groups)
-    return torch.ops.bmsn.batch_statistics(x, num_groups)
+    check_group_values(len(x) // num_groups * x.shape[2] * x.shape[3])
+    return torch.ops.bmsn.batch_statistics(x, num_groups, _resolve("batch_statistics", x, backend))
+
+
+def conv_bn_reference(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    stats: Tensor | None = None,
+    weight_index: Tensor | None = None,
+    stride: int = 1,
+    shortcut_weight: Tensor | None = None,
+) -> list[Tensor]:
+    out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
+    a = x if stats is None else normalise(x, stats).relu().to(x.dtype)
+    _convolve_reference(a, weight, weight_index, stride, out[0].chunk(num_groups))
+    out[1].copy_(batch_statistics_reference(out[0], num_groups))
+    if shortcut_weight is not None:
+        _convolve_reference(a, shortcut_weight, weight_index, stride, out[2].chunk(num_groups))
+        out[3].copy_(batch_statistics_reference(out[2], num_groups))
+    return out
+
+
+def conv_scale_reference(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None = None,
+    weight_index: Tensor | None = None,
+    stride: int = 1,
+) -> Tensor:
+    y = _empty_map(x, weight, stride)
+    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
+    scale, shift = (per_image(t, len(x)) for t in (scale, shift))
+    z = y.to(scale.dtype) * scale + shift
+    if shortcut is not None:
+        z = z + shortcut
+    return y.copy_(z.relu() if relu else z)
 
 
 def batch_statistics_reference(x: Tensor, num_groups: int) -> Tensor:
-    values = x.to(torch.promote_types(x.dtype, torch.float32)).permute(0, 2, 3, 1)
-    variance, mean = torch.var_mean(values.reshape(*group_shape(x, num_groups)), 1, correction=0)
-    return torch.stack([mean, (variance + EPS).rsqrt()])
+    stats = _empty_stats(x, num_groups, x.shape[1])
+    for g, group in enumerate(x.chunk(num_groups)):
+        variance, mean = torch.var_mean(group.to(stats.dtype), (0, 2, 3), correction=0)
+        stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
+    return stats
 
 
-def _empty_statistics(x: Tensor, num_groups: int) -> Tensor:
-    return x.new_empty((2, num_groups, x.shape[1]), dtype=torch.float32)
+def _convolve_reference(
+    a: Tensor, weight: Tensor, weight_index: Tensor | None, stride: int, out: tuple[Tensor, ...]
+) -> None:
+    for g, group in enumerate(a.chunk(len(out))):
+        row = weight[0] if weight_index is None else weight.index_select(0, weight_index[g : g + 1])[0]
+        out[g].copy_(F.conv2d(group, row, stride=stride, padding=weight.shape[-1] // 2))
 
 
-@torch.library.impl("bmsn::batch_statistics", "CPU")
-def _batch_statistics_cpu(x: Tensor, num_groups: int) -> Tensor:
-    stats = _empty_statistics(x, num_groups)
+def _convolve(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> Tensor:
+    """By torch's own convolution, all groups at once where they share their weights."""
+    if weight_index is None:
+        y = F.conv2d(x, weight[0], stride=stride, padding=weight.shape[-1] // 2)
+        return y.contiguous(memory_format=torch.channels_last)
+    y = _empty_map(x, weight, stride)
+    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
+    return y
+
+
+def _statistics_cpp(x: Tensor, num_groups: int) -> Tensor:
+    stats = _empty_stats(x, num_groups, x.shape[1])
     loaded_extension().batch_statistics(
         *(group_shape(x, num_groups), x.dtype == torch.bfloat16, x.data_ptr()),
         *(stats.data_ptr(), EPS, torch.get_num_threads()),
@@ -135,6 +238,155 @@ def _batch_statistics_cpu(x: Tensor, num_groups: int) -> Tensor:
     return stats
 
 
+def _check_convolution(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> None:
+    check_feature_map("x", x)
+    check_groups(x, num_groups)
+    if stride not in (1, 2):
+        raise InputError(f"stride must be 1 or 2; got {stride}")
+    kernel = weight.shape[-1] if weight.ndim == 5 and weight.shape[-1] in (1, 3) else "k"
+    _check_weight("weight", weight, x, ("S", "O", x.shape[1], kernel, kernel))
+    check_weight_index(weight_index, x, num_groups)
+
+
+def _check_weight(name: str, weight: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    """`shape` says what is fixed by a number, and what is free, but not 0, by a letter."""
+    fits = weight.ndim == 5 and all(
+        size == wanted if isinstance(wanted, int) else wanted != "k" and size > 0
+        for size, wanted in zip(weight.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join(map(str, shape))
+        raise InputError(f"{name} must be ({wanted}), k 1 or 3, none of them 0; got {tuple(weight.shape)}")
+    check_rows(name, weight, x, x.dtype)
+
+
+def _resolve(op: str, x: Tensor, backend: str) -> str:
+    available = ("reference",) if x.dtype == torch.float64 else None
+    return resolve(op, backend, available, x.device)
+
+
+# Outputs, by the same functions for the kernels and for the fake ones. ------------------------------------------------
+
+
+def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
+    return len(x), weight.shape[1], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
+
+
+def _empty_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
+    shape = _output_shape(x, weight, stride)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _empty_stats(x: Tensor, num_groups: int, channels: int) -> Tensor:
+    return x.new_empty((2, num_groups, channels), dtype=accumulator_dtype(x))
+
+
+def _empty_conv_bn(
+    x: Tensor, weight: Tensor, num_groups: int, stride: int, shortcut_weight: Tensor | None
+) -> list[Tensor]:
+    branches = 1 if shortcut_weight is None else 2
+    return [
+        tensor
+        for _ in range(branches)
+        for tensor in (_empty_map(x, weight, stride), _empty_stats(x, num_groups, weight.shape[1]))
+    ]
+
+
+# Every backend behind one name on every device, so that Triton's interpreter is reached like Triton on a GPU. ---------
+
+
+@torch.library.impl("bmsn::conv_bn", "CompositeExplicitAutograd")
+def _conv_bn_impl(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    stats: Tensor | None,
+    weight_index: Tensor | None,
+    stride: int,
+    shortcut_weight: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    if backend == "reference":
+        return conv_bn_reference(x, weight, num_groups, stats, weight_index, stride, shortcut_weight)
+    if backend == "cpp":
+        assert stats is None, "conv_bn has normalised x"
+        found = []
+        for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
+            y = _convolve(x, w, num_groups, weight_index, stride)
+            found += [y, _statistics_cpp(y, num_groups)]
+        return found
+    from bmsn.kernels.conv_bn import launch_conv_bn
+
+    out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
+    launch_conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, *out)
+    return out
+
+
+@torch.library.impl("bmsn::conv_scale", "CompositeExplicitAutograd")
+def _conv_scale_impl(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None,
+    weight_index: Tensor | None,
+    stride: int,
+    backend: str,
+) -> Tensor:
+    if backend == "reference":
+        return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
+    from bmsn.kernels.conv_bn import launch_conv_scale
+
+    y = _empty_map(x, weight, stride)
+    launch_conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
+    return y
+
+
+@torch.library.impl("bmsn::batch_statistics", "CompositeExplicitAutograd")
+def _batch_statistics_impl(x: Tensor, num_groups: int, backend: str) -> Tensor:
+    if backend == "reference":
+        return batch_statistics_reference(x, num_groups)
+    if backend == "cpp":
+        return _statistics_cpp(x, num_groups)
+    from bmsn.kernels.statistics import launch_batch_statistics
+
+    stats = _empty_stats(x, num_groups, x.shape[1])
+    launch_batch_statistics(x, num_groups, stats)
+    return stats
+
+
+@torch.library.register_fake("bmsn::conv_bn")
+def _conv_bn_fake(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    stats: Tensor | None,
+    weight_index: Tensor | None,
+    stride: int,
+    shortcut_weight: Tensor | None,
+    backend: str,
+) -> list[Tensor]:
+    return _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
+
+
+@torch.library.register_fake("bmsn::conv_scale")
+def _conv_scale_fake(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None,
+    weight_index: Tensor | None,
+    stride: int,
+    backend: str,
+) -> Tensor:
+    return _empty_map(x, weight, stride)
+
+
 @torch.library.register_fake("bmsn::batch_statistics")
-def _batch_statistics_fake(x: Tensor, num_groups: int) -> Tensor:
-    return _empty_statistics(x, num_groups)
+def _batch_statistics_fake(x: Tensor, num_groups: int, backend: str) -> Tensor:
+    return _empty_stats(x, num_groups, x.shape[1])

@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.backend import resolve
-from bmsn.ops.layout import check_groups, check_images, group_shape, loaded_extension
+from bmsn.errors import InputError
+from bmsn.ops.checks import (
+    check_feature_map,
+    check_group_values,
+    check_groups,
+    check_same_kind,
+    group_shape,
+    loaded_extension,
+)
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d
 
@@ -57,9 +65,8 @@ def norm_relu(x: Tensor, num_groups: int = 1, *, max_pool: bool = False, backend
         Shape (half the height and width if pooled), layout and dtype of `x`; computed in float32 (float64 for float64);
         NaN propagates to its channel.
     Raises:
-        TypeError: a dtype not listed.
-        ValueError: not channels_last (nothing is copied silently); odd height or width with `max_pool`.
-        InputError: groups that do not divide the batch, or have fewer than 2 values a channel.
+        InputError: a dtype or layout not listed (nothing is copied silently), groups that do not divide the batch or
+            have fewer than 2 values a channel, odd height or width with `max_pool`.
     """
     _check(x, num_groups, max_pool)
     if _resolve(x, backend) == "reference":
@@ -89,10 +96,10 @@ def norm_add_relu(
     Returns:
         As `norm_relu`.
     Raises:
-        As `norm_relu`; ValueError also for a shortcut of another shape or device, TypeError for one of another dtype.
+        As `norm_relu`; also for a shortcut of another shape, dtype or device.
     """
     _check(x, num_groups, max_pool)
-    check_images("shortcut", shortcut, x, x.shape)
+    check_same_kind("shortcut", shortcut, x, tuple(x.shape))
     if _resolve(x, backend) == "reference":
         return norm_add_relu_reference(
             x, shortcut, num_groups, normalise_shortcut=normalise_shortcut, max_pool=max_pool
@@ -124,10 +131,11 @@ def _norm_reference(x: Tensor, num_groups: int) -> Tensor:
 
 
 def _check(x: Tensor, num_groups: int, max_pool: bool) -> None:
-    check_images("x", x)
+    check_feature_map("x", x)
     check_groups(x, num_groups)
+    check_group_values(len(x) // num_groups * x.shape[2] * x.shape[3])
     if max_pool and (x.shape[2] % 2 or x.shape[3] % 2):
-        raise ValueError(f"2x2 pooling needs an even height and width; x is {tuple(x.shape)}")
+        raise InputError(f"2x2 pooling needs an even height and width; x is {tuple(x.shape)}")
 
 
 def _resolve(x: Tensor, backend: str) -> str:
