@@ -19,8 +19,8 @@ from torch import Tensor
 from bmsn.errors import InputError
 from bmsn.network import SupernetMixture, Weights, check_images
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
-from bmsn.ops.conv_bn import conv_bn
-from bmsn.ops.norm_relu import norm_relu
+from bmsn.ops.conv_bn import batch_statistics, conv_bn
+from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
 from bmsn.space import SearchSpace
 
@@ -76,7 +76,7 @@ def score_architectures(
         pairs: (architecture, supernet index), each once; None: `all_pairs`.
         batch_size: images in a statistics group; the last, smaller batch is a group of its own.
         norm: "batch": statistics of the scoring batch.
-        backend: "auto", "reference" or "cpp", for the passes between convolutions.
+        backend: "auto", "reference", "cpp" or "triton": of the ops, see `bmsn.backend.resolve`.
         max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own
             workspace do not count. None: what is fastest, about 1 GiB or one state's need if that is more.
     Returns:
@@ -90,7 +90,7 @@ def score_architectures(
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
     plan = make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
     arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=images.device)
-    weights = {m: mixture.weights(mixture.arena[m], images.dtype) for m in sorted({m for _, m in pairs})}
+    weights = mixture.weights(mixture.arena, images.dtype)
     correct = torch.zeros(len(pairs), dtype=torch.int64, device=images.device)
     for start in range(0, len(images), batch_size):
         batch = images[start : start + batch_size].contiguous(memory_format=torch.channels_last)
@@ -163,7 +163,7 @@ def _checked(
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < mixture.num_classes:
         bad = int(((labels < 0) | (labels >= mixture.num_classes)).nonzero()[0])
         raise InputError(f"labels[{bad}] must be in 0..{mixture.num_classes - 1}; got {int(labels[bad])}")
-    return images.to(device), labels.to(device)
+    return images.to(device), labels.to(device, torch.int64)
 
 
 # Running a plan on one batch. -----------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def _checked(
 
 def _run(
     plan: EvaluationPlan,
-    weights: dict[int, Weights],
+    weights: Weights,
     arena: Tensor,
     batch: Tensor,
     labels: Tensor,
@@ -182,8 +182,10 @@ def _run(
     for wave in plan.waves:
         source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else batch.shape[1:]
         shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
-        for run in _runs(wave):
+        for run in _runs(wave, mixed=_mixes(batch, backend)):
             state, groups = run[0], len(run)
+            supernets = [state.supernet for state in run]
+            rows = _Rows(weights, supernets, batch.device)
 
             def stacked(offset: int | None, shape: tuple[int, ...], groups: int = groups) -> Tensor | None:
                 return None if offset is None else _maps(plan, arena, offset, groups, shape, batch)
@@ -191,12 +193,25 @@ def _run(
             source = batch if state.source is None else stacked(state.source, source_shape)
             assert source is not None
             full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
-            w = weights[state.supernet]
-            ends = _layer(plan.space, wave, w, source, groups, full, pooled, backend)
+            ends = _layer(plan.space, wave, rows, source, groups, full, pooled, backend)
             if state.pair is not None:
-                features = ends.mean((2, 3), dtype=w.head_weight.dtype)
-                right = F.linear(features, w.head_weight, w.head_bias).argmax(1).view(groups, -1) == labels
-                correct[[state.pair for state in run]] += right.sum(1)
+                places = [state.pair for state in run]
+                correct[places] += head(
+                    ends, labels, rows(weights.head_weight), rows(weights.head_bias), groups, weight_index=rows.index,
+                    backend="auto" if backend == "cpp" else backend,  # too little work for a C++ version of its own
+                )  # fmt: skip
+
+
+class _Rows:
+    """The weight sets of a run's states: `rows(w)`, and which of them each state takes if that is not the same one."""
+
+    def __init__(self, weights: Weights, supernets: list[int], device: torch.device) -> None:
+        self.weights, self._first = weights, supernets[0]
+        one = len(set(supernets)) == 1
+        self.index = None if one else torch.tensor(supernets, dtype=torch.int32, device=device)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight[self._first : self._first + 1] if self.index is None else weight
 
 
 def _maps(
@@ -210,23 +225,31 @@ def _maps(
     return maps.permute(0, 3, 1, 2)
 
 
-def _runs(wave: Wave) -> Iterator[tuple[PlannedState, ...]]:
-    """Runs of at most `chunk` states of one supernet that read, and write, maps which lie one behind the other."""
+def _mixes(batch: Tensor, backend: str) -> bool:
+    """Whether states of several supernets go together: our kernels take all weight sets, a library's convolution one."""
+    return batch.is_cuda or backend == "triton"
+
+
+def _runs(wave: Wave, *, mixed: bool) -> Iterator[tuple[PlannedState, ...]]:
+    """Runs of at most `chunk` states that read, and write, maps which lie one behind the other.
+
+    They are of one supernet, unless `mixed`.
+    """
     run: list[PlannedState] = []
     for state in wave.states:
-        if run and (len(run) == wave.chunk or not _follows(run[-1], state, wave)):
+        if run and (len(run) == wave.chunk or not _follows(run[-1], state, wave, mixed)):
             yield tuple(run)
             run = []
         run.append(state)
     yield tuple(run)
 
 
-def _follows(before: PlannedState, state: PlannedState, wave: Wave) -> bool:
+def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool) -> bool:
     def one_behind(a: int | None, b: int | None, step: int) -> bool:
         return b is None if a is None else b == a + step
 
     return (
-        state.supernet == before.supernet
+        (mixed or state.supernet == before.supernet)
         and before.source is not None
         and one_behind(before.source, state.source, wave.source_bytes)
         and one_behind(before.full, state.full, wave.map_bytes)
@@ -238,7 +261,7 @@ def _follows(before: PlannedState, state: PlannedState, wave: Wave) -> bool:
 def _layer(
     space: SearchSpace,
     wave: Wave,
-    weights: Weights,
+    rows: _Rows,
     x: Tensor,
     groups: int,
     full: Tensor | None,
@@ -247,25 +270,26 @@ def _layer(
 ) -> Tensor:
     """One layer on `groups` stacked states, each a statistics group; writes their maps, and returns them where no
     child wants them."""
-    layer, w, stride = space.layers[wave.layer], weights.layers[wave.layer], 1 + wave.strides
-    conv = partial(conv_bn, num_groups=groups, backend=backend)
-    if wave.layer == 0 and weights.stem is not None:
-        x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3), groups, backend=backend), 3, 2, 1)
+    layer, stride = space.layers[wave.layer], 1 + wave.strides
+    w = {name: rows(weight) for name, weight in rows.weights.layers[wave.layer].items()}
+    conv = partial(conv_bn, num_groups=groups, weight_index=rows.index, backend=backend)
+    if wave.layer == 0 and rows.weights.stem is not None:
+        x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
+        bn_add_relu_pool(x, batch_statistics(x, groups, backend=backend), full=x, backend=backend)
+        x = F.max_pool2d(x, 3, 2, 1)
     first, *others = layer.main
     rides = space.block == "basic" and "shortcut" in w  # the projection, with the first convolution
     y, stats, shortcut, shortcut_stats = conv(
-        x, w[first.name][None], stride=stride if first.stage == "at" else 1,
-        shortcut_weight=w["shortcut"][None] if rides else None,
+        x, w[first.name], stride=stride if first.stage == "at" else 1,
+        shortcut_weight=w["shortcut"] if rides else None,
     )  # fmt: skip
     if layer.kind != "stem" and not rides:
         if "shortcut" in w:
-            shortcut, shortcut_stats, *_ = conv(x, w["shortcut"][None], stride=stride)
+            shortcut, shortcut_stats, *_ = conv(x, w["shortcut"], stride=stride)
         else:
             shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
     for step in others:
-        y, stats, *_ = conv(
-            y, w[step.name][None], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1
-        )
+        y, stats, *_ = conv(y, w[step.name], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1)
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(

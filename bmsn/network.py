@@ -101,21 +101,25 @@ class SupernetMixture(nn.Module):
         self.pixel_table = state
 
     def weights(self, row: Tensor, dtype: torch.dtype) -> Weights:
-        """Views of one arena row (P,): convolutions in `dtype`, the head in the wider of `dtype` and float32."""
-        convs, head = row.split([self._num_conv_weights, row.numel() - self._num_conv_weights])
-        flat = convs.to(dtype).split(self._sizes)
+        """Views of one arena row (P,): convolutions in `dtype`, the head in the wider of `dtype` and float32.
+
+        Of several rows (S, P) the views have S in front.
+        """
+        rows = row.shape[:-1]
+        convs, head = row.split([self._num_conv_weights, row.shape[-1] - self._num_conv_weights], -1)
+        flat = convs.to(dtype).split(self._sizes, -1)
         shaped = iter(
             [
-                w.view(o, kh, kw, i).permute(0, 3, 1, 2)
+                w.view(*rows, o, kh, kw, i).movedim(-1, -3)
                 for w, (o, i, kh, kw) in zip(flat, self._conv_shapes, strict=True)
             ]
         )
         stem = next(shaped) if self.space.stem == "large" else None
         layers = tuple({conv.name: next(shaped) for conv in layer.convolutions} for layer in self.space.layers)
         matrix, bias = head.to(torch.promote_types(dtype, torch.float32)).split(
-            [self.space.out_channels * self.num_classes, self.num_classes]
+            [self.space.out_channels * self.num_classes, self.num_classes], -1
         )
-        return Weights(stem, layers, matrix.view(self.num_classes, -1), bias)
+        return Weights(stem, layers, matrix.view(*rows, self.num_classes, -1), bias)
 
     def forward(self, images: Tensor, architecture: Architecture, supernet: int) -> Tensor:
         """Logits of one batch, which is one statistics group.

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import bmsn.evaluator
 from bmsn.errors import InputError
 from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
 from bmsn.network import SupernetMixture
@@ -50,6 +51,20 @@ def test_counts_equal_one_by_one_in_float64(name, pool):
         assert scores.total == 12
         assert scores.correct.tolist() == expected.correct.tolist()
     assert len(set(expected.correct.tolist())) > 2  # the case can tell pairs apart
+
+
+@pytest.mark.parametrize("name", ["resnet14-cifar10", "resnet20-cifar10"])
+def test_supernets_may_share_a_run(name, monkeypatch):
+    nets, images, labels, pairs = make_case(name)
+    expected = score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
+    runs = []
+    plain = bmsn.evaluator._runs
+    monkeypatch.setattr("bmsn.evaluator._mixes", lambda batch, backend: True)
+    monkeypatch.setattr(
+        "bmsn.evaluator._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
+    )
+    assert score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist() == expected
+    assert any(len({state.supernet for state in run}) == 2 for run in runs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
