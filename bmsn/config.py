@@ -59,6 +59,8 @@ class SearchConfig:
         device: where to compute; auto: CUDA where there is a GPU.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
+        norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
+            fast_eval).
         score: score each architecture with its best supernet, or all (architecture, supernet) pairs.
         score_every: epochs from one ranking of all architectures during training to the next; 0: only at the end.
         evaluate_top: score only the K best by a[c,m]; 0: all.
@@ -88,6 +90,7 @@ class SearchConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
     fast_eval: bool = False
+    norm: Literal["batch", "calibrated"] = "batch"
     score: Literal["best", "pairs"] | None = None
     score_every: int = 0
     evaluate_top: int = 0
@@ -125,6 +128,10 @@ class SearchConfig:
             raise InputError(f"confidence must be in (0, 1); got {self.confidence}")
         if self.race and self.score == "pairs":
             raise InputError("race ranks architectures, each with its best supernet: score must be best; got pairs")
+        if self.norm == "calibrated" and not self.fast_eval:
+            raise InputError(
+                "norm calibrated needs fast_eval: one by one there are statistics of scoring batches alone"
+            )
         if self.resume and self.out is None:
             raise InputError("resume needs out: the run folder to go on with")
         if self.lr is not None and self.min_lr is not None and self.min_lr > self.lr:

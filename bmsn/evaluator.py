@@ -19,12 +19,14 @@ from torch import Tensor
 from bmsn.errors import InputError
 from bmsn.network import SupernetMixture, Weights, check_images
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
-from bmsn.ops.conv_bn import batch_statistics, conv_bn
+from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
 from bmsn.space import SearchSpace
 
 DEFAULT_MAX_BYTES = 2**30
+NormKind = Literal["batch", "calibrated"]
+_Key = tuple[int, tuple[int, ...], int, str]  # supernet, pool positions so far, layer, convolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,10 @@ def score_architectures(
     labels: Tensor,
     pairs: Sequence[Pair] | None = None,
     batch_size: int = 256,
-    norm: Literal["batch"] = "batch",
+    norm: NormKind = "batch",
     backend: str = "auto",
     max_bytes: int | None = None,
+    calibration_images: Tensor | None = None,
 ) -> Scores:
     """Counts the correctly classified images of every pair in one pass that computes each shared prefix once.
 
@@ -75,26 +78,32 @@ def score_architectures(
         labels: (N,) integers in [0, num_classes).
         pairs: (architecture, supernet index), each once; None: `all_pairs`.
         batch_size: images in a statistics group; the last, smaller batch is a group of its own.
-        norm: "batch": statistics of the scoring batch.
+        norm: where BatchNorm's statistics come from. "batch": each scoring batch of each pair. "calibrated": measured
+            once on all of `calibration_images` together and then frozen, so that an image's result depends on no other.
         backend: "auto", "reference", "cpp" or "triton": of the ops, see `bmsn.backend.resolve`.
         max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own
             workspace do not count. None: what is fastest, about 1 GiB or one state's need if that is more.
+        calibration_images: like `images`, for norm="calibrated" alone; usually from the training half.
     Returns:
         Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16.
     Raises:
         InputError: any of these out of range, or `max_bytes` too small for one state (says how much is needed).
     """
-    if norm != "batch":
-        raise InputError(f"norm must be 'batch'; got {norm!r}")
+    if norm not in ("batch", "calibrated"):
+        raise InputError(f"norm must be 'batch' or 'calibrated'; got {norm!r}")
+    if (norm == "calibrated") != (calibration_images is not None):
+        raise InputError(f"calibration_images are needed for norm='calibrated' and for nothing else; norm is {norm!r}")
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
-    plan = make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
-    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=images.device)
-    weights = mixture.weights(mixture.arena, images.dtype)
-    correct = torch.zeros(len(pairs), dtype=torch.int64, device=images.device)
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].contiguous(memory_format=torch.channels_last)
-        _run(plan, weights, arena, batch, labels[start : start + batch_size], correct, backend)
+    run = partial(_run_plan, mixture, pairs=pairs, backend=backend, max_bytes=max_bytes)
+    if calibration_images is None:
+        correct = run(images, labels, batch_size, _Norm())
+    else:
+        nothing = torch.zeros(len(calibration_images), dtype=torch.int64)
+        calibration_images, nothing = _checked(mixture, calibration_images, nothing, pairs, max(2, len(nothing)))
+        measured = _Norm(kept={})
+        run(calibration_images.to(images.dtype), nothing, len(nothing), measured)
+        correct = run(images, labels, batch_size, _Norm(frozen=measured.kept))
     return Scores(pairs, correct.cpu(), len(images))
 
 
@@ -169,6 +178,88 @@ def _checked(
 # Running a plan on one batch. -----------------------------------------------------------------------------------------
 
 
+def _run_plan(
+    mixture: SupernetMixture,
+    images: Tensor,
+    labels: Tensor,
+    batch_size: int,
+    norm: _Norm,
+    *,
+    pairs: Sequence[Pair],
+    backend: str,
+    max_bytes: int | None,
+) -> Tensor:
+    """Each pair's correct classifications, (len(pairs),) int64 on the images' device."""
+    plan = make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
+    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=images.device)
+    weights = mixture.weights(mixture.arena, images.dtype)
+    correct = torch.zeros(len(pairs), dtype=torch.int64, device=images.device)
+    for start in range(0, len(images), batch_size):
+        batch = images[start : start + batch_size].contiguous(memory_format=torch.channels_last)
+        _run(plan, weights, arena, batch, labels[start : start + batch_size], correct, norm, backend)
+    return correct
+
+
+class _Norm:
+    """Where statistics come from: every batch, which `kept` may remember state by state, or what was remembered."""
+
+    def __init__(self, kept: dict[_Key, Tensor] | None = None, frozen: dict[_Key, Tensor] | None = None) -> None:
+        self.kept, self._frozen = kept, frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._frozen is not None
+
+    def convolve(
+        self,
+        run: Sequence[PlannedState],
+        layer: int,
+        name: str,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        stats: Tensor | None = None,
+        weight_index: Tensor | None,
+        stride: int = 1,
+        shortcut_weight: Tensor | None = None,
+        backend: str,
+    ) -> ConvBn:
+        """`conv_bn` with the run's statistics; x, where it has statistics, may be overwritten."""
+        if self._frozen is None:
+            found = conv_bn(
+                x, weight, len(run), stats=stats, overwrite=stats is not None, weight_index=weight_index,
+                stride=stride, shortcut_weight=shortcut_weight, backend=backend,
+            )  # fmt: skip
+            self._keep(run, layer, name, found.stats)
+            if found.shortcut_stats is not None:
+                self._keep(run, layer, "shortcut", found.shortcut_stats)
+            return found
+        if stats is not None:
+            bn_add_relu_pool(x, stats, full=x, backend=backend)
+        y = F.conv2d(x, weight[0], stride=stride, padding=weight.shape[-1] // 2)
+        if shortcut_weight is None:
+            return ConvBn(y, self._known(run, layer, name), None, None)
+        shortcut = F.conv2d(x, shortcut_weight[0], stride=stride)
+        return ConvBn(y, self._known(run, layer, name), shortcut, self._known(run, layer, "shortcut"))
+
+    def statistics(self, run: Sequence[PlannedState], layer: int, name: str, x: Tensor, backend: str) -> Tensor:
+        """Those of a map that was convolved elsewhere."""
+        if self._frozen is not None:
+            return self._known(run, layer, name)
+        stats = batch_statistics(x, len(run), backend=backend)
+        self._keep(run, layer, name, stats)
+        return stats
+
+    def _keep(self, run: Sequence[PlannedState], layer: int, name: str, stats: Tensor) -> None:
+        if self.kept is not None:
+            for state, own in zip(run, stats.unbind(1), strict=True):
+                self.kept[state.supernet, state.pool_positions, layer, name] = own
+
+    def _known(self, run: Sequence[PlannedState], layer: int, name: str) -> Tensor:
+        assert self._frozen is not None
+        return torch.stack([self._frozen[state.supernet, state.pool_positions, layer, name] for state in run], 1)
+
+
 def _run(
     plan: EvaluationPlan,
     weights: Weights,
@@ -176,13 +267,14 @@ def _run(
     batch: Tensor,
     labels: Tensor,
     correct: Tensor,
+    norm: _Norm,
     backend: str,
 ) -> None:
     """Adds each pair's correct classifications of one batch (channels_last) to `correct`."""
     for wave in plan.waves:
         source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else batch.shape[1:]
         shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
-        for run in _runs(wave, mixed=_mixes(batch, backend)):
+        for run in _runs(wave, mixed=_mixes(batch, backend) and not norm.is_frozen):
             state, groups = run[0], len(run)
             supernets = [state.supernet for state in run]
             rows = _Rows(weights, supernets, batch.device)
@@ -193,7 +285,7 @@ def _run(
             source = batch if state.source is None else stacked(state.source, source_shape)
             assert source is not None
             full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
-            ends = _layer(plan.space, wave, rows, source, groups, full, pooled, backend)
+            ends = _layer(plan.space, wave, run, rows, norm, source, full, pooled, backend)
             if state.pair is not None:
                 places = [state.pair for state in run]
                 correct[places] += head(
@@ -226,7 +318,7 @@ def _maps(
 
 
 def _mixes(batch: Tensor, backend: str) -> bool:
-    """Whether states of several supernets go together: our kernels take all weight sets, a library's convolution one."""
+    """Whether states of several supernets go together: our kernels take all weight sets, a library's conv one."""
     return batch.is_cuda or backend == "triton"
 
 
@@ -261,35 +353,37 @@ def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool)
 def _layer(
     space: SearchSpace,
     wave: Wave,
+    run: Sequence[PlannedState],
     rows: _Rows,
+    norm: _Norm,
     x: Tensor,
-    groups: int,
     full: Tensor | None,
     pooled: Tensor | None,
     backend: str,
 ) -> Tensor:
-    """One layer on `groups` stacked states, each a statistics group; writes their maps, and returns them where no
+    """One layer on the stacked states of `run`, each a statistics group; writes their maps, and returns them where no
     child wants them."""
     layer, stride = space.layers[wave.layer], 1 + wave.strides
     w = {name: rows(weight) for name, weight in rows.weights.layers[wave.layer].items()}
-    conv = partial(conv_bn, num_groups=groups, weight_index=rows.index, backend=backend)
+    conv = partial(norm.convolve, run, wave.layer, weight_index=rows.index, backend=backend)
     if wave.layer == 0 and rows.weights.stem is not None:
         x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
-        bn_add_relu_pool(x, batch_statistics(x, groups, backend=backend), full=x, backend=backend)
+        stats = norm.statistics(run, wave.layer, "stem", x, backend)
+        bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
     first, *others = layer.main
     rides = space.block == "basic" and "shortcut" in w  # the projection, with the first convolution
     y, stats, shortcut, shortcut_stats = conv(
-        x, w[first.name], stride=stride if first.stage == "at" else 1,
+        first.name, x, w[first.name], stride=stride if first.stage == "at" else 1,
         shortcut_weight=w["shortcut"] if rides else None,
     )  # fmt: skip
     if layer.kind != "stem" and not rides:
         if "shortcut" in w:
-            shortcut, shortcut_stats, *_ = conv(x, w["shortcut"], stride=stride)
+            shortcut, shortcut_stats, *_ = conv("shortcut", x, w["shortcut"], stride=stride)
         else:
             shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
     for step in others:
-        y, stats, *_ = conv(y, w[step.name], stats=stats, overwrite=True, stride=stride if step.stage == "at" else 1)
+        y, stats, *_ = conv(step.name, y, w[step.name], stats=stats, stride=stride if step.stage == "at" else 1)
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(

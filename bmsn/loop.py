@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,7 @@ _log = logging.getLogger("bmsn.search")
 
 MAX_NAN_STEPS = 20
 NUM_SNAPSHOTS = 50
+NUM_CALIBRATION = 1024  # training images that calibrated statistics are measured on
 
 
 def draw_architectures(num_architectures: int, num_steps: int, seed: int, *, in_blocks: bool) -> np.ndarray:
@@ -233,7 +235,12 @@ class SearchLoop:
             pairs = [(a, m) for a, m in pairs if a.index in by_ema[: config.evaluate_top]]
         images = normalise(self.data.train_images, self.table, self.dtype, indices=self.validation)
         labels = torch.from_numpy(self.data.train_labels[self.validation])
-        scorer = score_architectures if config.fast_eval else score_one_by_one
+        scorer: Callable[..., Scores] = score_architectures if config.fast_eval else score_one_by_one
+        if config.norm == "calibrated":
+            known = normalise(
+                self.data.train_images, self.table, self.dtype, self.train_stream.indices[:NUM_CALIBRATION]
+            )
+            scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
         if config.race and self.step == self.num_steps:
             pairs.sort(key=lambda pair: by_ema.index(pair[0].index))
             return race(

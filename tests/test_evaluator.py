@@ -53,6 +53,43 @@ def test_counts_equal_one_by_one_in_float64(name, pool):
     assert len(set(expected.correct.tolist())) > 2  # the case can tell pairs apart
 
 
+class RecordedNorm:
+    """Stands in for the normalisation of `SupernetMixture.forward`: measures in order, applies in the same order."""
+
+    def __init__(self):
+        self.measured, self.applied = [], None
+
+    def __call__(self, x, num_groups):
+        if self.applied is None:
+            self.measured.append((x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)))
+            mean, variance = self.measured[-1]
+        else:
+            mean, variance = next(self.applied)
+        return (x - mean) / (variance + 1e-5).sqrt()
+
+
+@pytest.mark.parametrize("name", ["resnet14-cifar10", "resnet50-cifar100", "resnet18-imagenet"])
+def test_calibrated_statistics_are_frozen(name, monkeypatch):
+    nets, images, labels, pairs = make_case(name)
+    calibration = torch.randn(7, *images.shape[1:], generator=torch.Generator().manual_seed(2), dtype=torch.double)
+    arguments = dict(norm="calibrated", calibration_images=calibration)
+    need = needed_bytes(nets, calibration, pairs, 7)
+    found = score_architectures(nets, images, labels, pairs, batch_size=5, max_bytes=need, **arguments)
+    alone = [
+        score_architectures(nets, images[i : i + 2], labels[i : i + 2], pairs, **arguments) for i in range(0, 12, 2)
+    ]
+    assert found.correct.tolist() == sum(scores.correct for scores in alone).tolist()
+    for (architecture, supernet), count in zip(pairs[::5], found.correct.tolist()[::5], strict=True):
+        norm = RecordedNorm()
+        monkeypatch.setattr("bmsn.ops.norm_relu._norm_reference", norm)
+        nets(calibration, architecture, supernet)
+        norm.applied = iter(norm.measured)
+        predicted = nets(images, architecture, supernet).argmax(1)
+        assert count == (predicted == labels).sum()
+        monkeypatch.undo()
+    assert found.correct.tolist() != score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
+
+
 @pytest.mark.parametrize("name", ["resnet14-cifar10", "resnet20-cifar10"])
 def test_supernets_may_share_a_run(name, monkeypatch):
     nets, images, labels, pairs = make_case(name)
@@ -202,7 +239,10 @@ def test_560_architectures_fit_under_2_gib():
     ("change", "words"),
     [
         (dict(batch_size=1), ["batch_size", "at least 2", "1"]),
-        (dict(norm="layer"), ["norm", "batch", "layer"]),
+        (dict(norm="layer"), ["norm", "batch", "calibrated", "layer"]),
+        (dict(norm="calibrated"), ["calibration_images", "calibrated"]),
+        (dict(calibration_images=torch.zeros(8, 3, 8, 8)), ["calibration_images", "batch"]),
+        (dict(norm="calibrated", calibration_images=torch.zeros(8, 3, 9, 8)), ["total stride 4"]),
         (dict(pairs=[]), ["pairs is empty"]),
         (dict(pairs="twice"), ["pairs[1] repeats pairs[0]"]),
         (dict(pairs="other"), ["not in resnet14"]),

@@ -19,6 +19,7 @@ import bmsn
 import bmsn.loop
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
+from bmsn.errors import InputError
 from bmsn.loop import draw_architectures
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
@@ -123,6 +124,14 @@ def test_fast_eval_changes_the_evaluator_and_nothing_else(spec, monkeypatch):
     assert differences.max() <= 1  # rounding ties
     averages = [{row.architecture: row.ema_accuracy for row in result.ranking} for result in (slow, fast)]
     assert averages[0] == averages[1]
+
+
+def test_calibrated_scoring(spec):
+    plain, calibrated = (search(spec, fast_eval=True, norm=norm) for norm in ("batch", "calibrated"))
+    assert calibrated.scores["total"] == plain.scores["total"]
+    assert calibrated.scores["correct"] != plain.scores["correct"]
+    with pytest.raises(InputError, match="norm calibrated needs fast_eval"):
+        SearchConfig(norm="calibrated")
 
 
 def test_score_pairs_and_evaluate_top(spec):
