@@ -6,7 +6,7 @@ PIP := $(RUN) pip install --quiet --no-input --disable-pip-version-check --const
 INSTALL := $(PIP) setuptools pybind11 ninja && $(PIP) --no-build-isolation --editable
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: search test check bench format
+.PHONY: search test check check-gpu bench format
 
 search: .venv/.installed
 	$(RUN) bmsn.search --fast-eval
@@ -19,6 +19,10 @@ check: .venv/.check
 	$(RUN) ruff format --check
 	$(RUN) mypy bmsn
 	BMSN_BUILD_EXT=1 BMSN_WERROR=1 .venv/bin/python setup.py --quiet build_ext --build-temp build/check --build-lib build/check
+
+# Compiles all Triton kernels for three generations of GPUs; needs none. `make test` compiles a part of them.
+check-gpu: .venv/.test
+	.venv/bin/python tests/aot.py
 
 bench: .venv/.test
 	$(RUN) pytest benchmarks --benchmark-only
@@ -36,7 +40,7 @@ format: .venv/.check
 
 .venv/.test: export BMSN_BUILD_EXT = 1
 .venv/.test: $(SOURCES) | .venv/bin/python
-	$(INSTALL) '.[test]'
+	$(INSTALL) '.[test,triton]'
 	touch .venv/.installed $@
 
 .venv/.check: .venv/.test

@@ -1,143 +1,224 @@
-"""bn_add_relu_pool: C++ and reference against a float64 formula, what is written where, and nothing beside it."""
+"""bn_add_relu_pool: the reference against a float64 formula, Triton against both, slots of a buffer, errors."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bmsn.backend import extension
 from bmsn.errors import InputError
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
+from bmsn.ops.conv_bn import batch_statistics_reference
 from oracles import assert_no_worse
+from stacked import (
+    BACKENDS,
+    TRITON_DTYPES,
+    assert_guards_hold,
+    channels_last,
+    device_for,
+    guarded,
+    needs_triton,
+    random_map,
+)
 
-# (groups, images of a group, C, H, W): smallest; channels that fill no vector; a ResNet-20 layer in two groups;
-# several chunks of lines in a group; lines longer than a chunk
-SHAPES = [(1, 1, 1, 2, 2), (3, 2, 5, 4, 6), (2, 2, 16, 32, 32), (2, 3, 64, 16, 16), (1, 1, 100, 4, 200)]
+# groups, images, C, H, W: smallest; ragged in windows and channels; more channels than a block; two tiles of a group
+SHAPES = [(1, 1, 1, 2, 2), (3, 2, 5, 6, 2), (2, 1, 130, 2, 4), (2, 3, 20, 12, 10)]
 KINDS = ["none", "plain", "normalised"]
-DTYPES = [torch.float32, torch.bfloat16]
-needs_cpp = pytest.mark.skipif(extension() is None, reason="bmsn._C was not built")
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
-
-
-def channels_last(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+OUTPUTS = ["full", "pooled", "both"]
 
 
 def make_inputs(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> list[Tensor | None]:
     """y, stats, shortcut, shortcut_stats."""
-    generator = torch.Generator().manual_seed(sum(shape))
-    groups, images, channels, height, width = shape
-    maps = [
-        channels_last(torch.randn(groups * images, channels, height, width, generator=generator).to(dtype))
-        for _ in range(2)
-    ]
-    stats = [torch.rand(2, groups, channels, generator=generator) + 0.5 for _ in range(2)]
-    return [maps[0], stats[0], None if kind == "none" else maps[1], stats[1] if kind == "normalised" else None]
+    groups, images, *rest = shape
+    y, shortcut = (random_map(groups * images, *rest, seed=seed, dtype=dtype) for seed in (1, 2))
+    stats, shortcut_stats = (batch_statistics_reference(t, groups) for t in (y, shortcut))
+    return [y, stats, None if kind == "none" else shortcut, shortcut_stats if kind == "normalised" else None]
 
 
-def formula(y: Tensor, stats: Tensor, shortcut: Tensor | None, shortcut_stats: Tensor | None) -> Tensor:
-    """z in the widest of the inputs' dtypes, group by group."""
+def empty_outputs(y: Tensor, which: str) -> dict[str, Tensor]:
+    """Slots in the middle of a longer buffer, poisoned."""
+    shapes = {"full": y.shape, "pooled": (*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2)}
+    found = {}
+    for name, shape in shapes.items():
+        if which in (name, "both"):
+            buffer = torch.full((len(y) + 2, *shape[1:]), torch.nan, dtype=y.dtype, device=y.device)
+            found[name] = channels_last(buffer)[1:-1]
+    return found
 
-    def norm(x: Tensor, stats: Tensor) -> Tensor:
-        groups = zip(x.chunk(stats.shape[1]), *stats, strict=True)
-        return torch.cat([(g - mean[:, None, None]) * rstd[:, None, None] for g, mean, rstd in groups])
 
-    z = norm(y, stats)
+def run(inputs: list[Tensor | None], which: str, pool: str, backend: str) -> dict[str, Tensor]:
+    moved = [None if t is None else t.to(device_for(backend)) for t in inputs]
+    assert moved[0] is not None
+    out = empty_outputs(moved[0], which)
+    bn_add_relu_pool(*moved, **out, pool=pool, backend=backend)
+    return {name: tensor.cpu() for name, tensor in out.items()}
+
+
+def formula(inputs: list[Tensor | None], which: str, pool: str) -> dict[str, Tensor]:
+    y, stats, shortcut, shortcut_stats = (None if t is None else t.double() for t in inputs)
+    assert y is not None
+    assert stats is not None
+
+    def normed(x: Tensor, stats: Tensor) -> Tensor:
+        groups = x.unflatten(0, (stats.shape[1], -1))
+        return ((groups - stats[0][:, None, :, None, None]) * stats[1][:, None, :, None, None]).flatten(0, 1)
+
+    z = normed(y, stats)
     if shortcut is not None:
-        z = z + (shortcut if shortcut_stats is None else norm(shortcut, shortcut_stats))
-    return z.clamp_min(0)
+        z = z + (shortcut if shortcut_stats is None else normed(shortcut, shortcut_stats))
+    z = z.clamp(min=0)
+    if which == "full":
+        return {"full": z}
+    corners = torch.stack([z[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
+    pooled = corners.amax(0) if pool == "max" else corners.mean(0)
+    return {"pooled": pooled} if which == "pooled" else {"full": z, "pooled": pooled}
 
 
-def pool_plainly(z: Tensor, pool: str) -> Tensor:
-    windows = torch.stack([z[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)])
-    return windows.amax(0) if pool == "max" else windows.mean(0)
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula(shape: tuple[int, ...], kind: str, pool: str) -> None:
+    inputs = make_inputs(shape, kind, torch.float64)
+    wanted = formula(inputs, "both", pool)
+    for name, found in run(inputs, "both", pool, "reference").items():
+        torch.testing.assert_close(found, wanted[name], rtol=1e-12, atol=1e-12)
 
 
-def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    images, channels, height, width = shape
-    return torch.full((images, height, width, channels), torch.nan, dtype=dtype).permute(0, 3, 1, 2)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("which", OUTPUTS)
+def test_error_is_at_most_twice_eager(which: str, kind: str, pool: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        inputs = make_inputs(shape, kind, dtype)
+        eager, oracle = run(inputs, which, pool, "reference"), formula(inputs, which, pool)
+        for name, found in run(inputs, which, pool, "triton").items():
+            assert_no_worse(found, eager=eager[name], oracle=oracle[name])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_odd_map_is_written_whole_and_nothing_else(backend: str) -> None:
+    """The slots lie between images of NaN, which stay."""
+    inputs = make_inputs((2, 2, 5, 3, 5), "plain", torch.float32)
+    moved = [None if t is None else t.to(device_for(backend)) for t in inputs]
+    buffer = channels_last(torch.full((6, 5, 3, 5), torch.nan, device=device_for(backend)))
+    bn_add_relu_pool(*moved, full=buffer[1:5], backend=backend)
+    assert torch.equal(buffer.isnan().any((1, 2, 3)).cpu(), torch.tensor([True, False, False, False, False, True]))
+    wanted = formula(inputs, "full", "max")["full"]
+    torch.testing.assert_close(buffer[1:5].cpu().double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", [0, 2])
+def test_full_may_be_an_input(place: int, backend: str) -> None:
+    inputs = make_inputs((2, 2, 20, 4, 6), "normalised", torch.float32)
+    wanted = run(inputs, "both", "max", backend)
+    moved = [None if t is None else t.to(device_for(backend)) for t in inputs]
+    inside = moved[place]
+    assert inside is not None
+    out = empty_outputs(inside, "pooled")
+    bn_add_relu_pool(*moved, full=inside, **out, backend=backend)
+    assert torch.equal(inside.cpu(), wanted["full"])
+    assert torch.equal(out["pooled"].cpu(), wanted["pooled"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("pool", ["max", "avg"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_error_is_at_most_twice_eager(shape, kind, dtype, pool, backend):
-    inputs = make_inputs(shape, kind, dtype)
-    y = inputs[0]
-    half = (*y.shape[:2], y.shape[2] // 2, y.shape[3] // 2)
-    full, pooled = poisoned(y.shape, dtype), poisoned(half, dtype)
-    bn_add_relu_pool(*inputs, full=full, pooled=pooled, pool=pool, backend=backend)
-    oracle = formula(*(None if t is None else t.double() for t in inputs))
-    eager = formula(*(None if t is None else t.float() for t in inputs)).to(dtype)
-    assert_no_worse(full, eager=eager, oracle=oracle)
-    if pool == "max":
-        assert torch.equal(pooled, pool_plainly(full, "max"))
-    else:
-        assert_no_worse(pooled, eager=pool_plainly(full, "avg"), oracle=pool_plainly(full.double(), "avg"))
-    # Either alone, and in place, gives the same bits.
-    alone, only_pooled, in_place = poisoned(y.shape, dtype), poisoned(half, dtype), y.clone()
-    bn_add_relu_pool(*inputs, full=alone, backend=backend)
-    bn_add_relu_pool(*inputs, pooled=only_pooled, pool=pool, backend=backend)
-    bn_add_relu_pool(in_place, *inputs[1:], full=in_place, backend=backend)
-    assert torch.equal(alone, full)
-    assert torch.equal(only_pooled, pooled)
-    assert torch.equal(in_place, full)
-
-
-@needs_cpp
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cpp_writes_its_slots_only(dtype):
-    inputs = make_inputs((3, 2, 5, 4, 6), "normalised", dtype)
-    guard, sizes = 64, (6 * 5 * 4 * 6, 6 * 5 * 2 * 3)
-    memory = [torch.full((size + 2 * guard,), torch.nan, dtype=dtype) for size in sizes]
-    full = memory[0][guard:-guard].view(6, 4, 6, 5).permute(0, 3, 1, 2)
-    pooled = memory[1][guard:-guard].view(6, 2, 3, 5).permute(0, 3, 1, 2)
-    bn_add_relu_pool(*inputs, full=full, pooled=pooled, backend="cpp")
-    for block in memory:
-        assert block[:guard].isnan().all()
-        assert block[-guard:].isnan().all()
-        assert block[guard:-guard].isfinite().all()
+def test_groups_are_separate_calls_and_runs_agree(pool: str, backend: str) -> None:
+    inputs = make_inputs((3, 2, 20, 4, 6), "normalised", torch.float32)
+    together = run(inputs, "both", pool, backend)
+    again = run(inputs, "both", pool, backend)
+    for g in range(3):
+        parts = [None if t is None else t.chunk(3)[g] if t.ndim == 4 else t[:, g : g + 1].contiguous() for t in inputs]
+        for name, alone in run(parts, "both", pool, backend).items():
+            assert torch.equal(together[name], again[name])
+            assert torch.equal(together[name].chunk(3)[g], alone)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_nan_propagates_to_its_window(dtype, backend):
-    y, stats, *_ = make_inputs((1, 2, 3, 4, 4), "none", dtype)
-    y[1, 2, 3, 0] = torch.nan
-    full, pooled = poisoned(y.shape, dtype), poisoned((2, 3, 2, 2), dtype)
-    bn_add_relu_pool(y, stats, full=full, pooled=pooled, backend=backend)
-    assert full.isnan().nonzero().tolist() == [[1, 2, 3, 0]]
-    assert pooled.isnan().nonzero().tolist() == [[1, 2, 1, 0]]
+@pytest.mark.parametrize("pool", ["max", "avg"])
+@pytest.mark.parametrize("place", [0, 2])
+def test_nan_stays_where_it_is_and_in_its_window(place: int, pool: str, backend: str) -> None:
+    inputs = make_inputs((2, 2, 5, 4, 4), "plain", torch.float32)
+    spoilt = inputs[place]
+    assert spoilt is not None
+    spoilt[1, 3, 0, 3] = torch.nan  # neither the first nor the last of its window
+    found = run(inputs, "both", pool, backend)
+    assert found["full"].isnan().nonzero().tolist() == [[1, 3, 0, 3]]
+    assert found["pooled"].isnan().nonzero().tolist() == [[1, 3, 0, 1]]
 
 
-@needs_cpp
-def test_opcheck():
-    y, stats, shortcut, shortcut_stats = make_inputs((2, 2, 5, 4, 6), "normalised", torch.float32)
-    outputs = (torch.empty_like(y), channels_last(torch.empty(4, 5, 2, 3)))
-    torch.library.opcheck(torch.ops.bmsn.bn_add_relu_pool, (y, stats, shortcut, shortcut_stats, *outputs, "max", "cpp"))
+@needs_triton
+@pytest.mark.parametrize("which", OUTPUTS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_stays_in_bounds(shape: tuple[int, ...], which: str) -> None:
+    from bmsn.kernels.bn_add_relu_pool import launch_bn_add_relu_pool
+
+    inputs = make_inputs(shape, "normalised", torch.float32)
+    wanted = run(inputs, which, "max", "triton")
+    bounded = [None if t is None else guarded(t.to(device_for("triton"))) for t in inputs]
+    out = {name: guarded(tensor.to(device_for("triton")), poison=True) for name, tensor in wanted.items()}
+    launch_bn_add_relu_pool(*bounded, out.get("full"), out.get("pooled"), "max")
+    assert all(torch.equal(tensor.cpu(), wanted[name]) for name, tensor in out.items())
+    assert_guards_hold(**out)
 
 
-def test_bad_input():
-    y, stats, shortcut, _ = make_inputs((2, 1, 3, 4, 5), "plain", torch.float32)
-    full, even = torch.empty_like(y), channels_last(torch.zeros(2, 3, 4, 4))
-    for words, call in (
-        ("at least one of full and pooled", lambda: bn_add_relu_pool(y, stats)),
-        ("one of max, avg; got 'min'", lambda: bn_add_relu_pool(y, stats, full=full, pool="min")),
-        ("even H and W", lambda: bn_add_relu_pool(y, stats, pooled=channels_last(torch.zeros(2, 3, 2, 2)))),
-        (r"pooled must be \(2, 3, 2, 2\)", lambda: bn_add_relu_pool(even, stats, pooled=even)),
-        (r"full must be \(2, 3, 4, 5\)", lambda: bn_add_relu_pool(y, stats, full=even)),
-        (r"shortcut must be \(2, 3, 4, 5\)", lambda: bn_add_relu_pool(y, stats, even, full=full)),
-        ("shortcut_stats must be None", lambda: bn_add_relu_pool(y, stats, None, stats, full=full)),
-        ("channels_last", lambda: bn_add_relu_pool(y.contiguous(), stats, full=full)),
-        (r"torch\.bfloat16", lambda: bn_add_relu_pool(y, stats, shortcut.bfloat16(), full=full)),
-        (r"stats must be .*torch\.float32", lambda: bn_add_relu_pool(y, stats.double(), full=full)),
-        (r"stats must be \(2, 2, 3\)", lambda: bn_add_relu_pool(y, stats[..., :2], full=full)),
-        (r"stats must be \(2, G, C\)", lambda: bn_add_relu_pool(y, stats[0], full=full)),
-        ("divide the batch of 2 images; got 3", lambda: bn_add_relu_pool(y, torch.ones(2, 3, 3), full=full)),
-        ("has only: reference", lambda: bn_add_relu_pool(y.double(), stats.double(), full=y.double(), backend="cpp")),
-    ):
-        with pytest.raises(InputError, match=words):
-            call()
+def test_pooling_sees_the_values_rounded_to_bfloat16() -> None:
+    y = channels_last(torch.tensor([1.0, 0.0, 0.0, 0.0]).reshape(1, 1, 2, 2).bfloat16())
+    stats = torch.tensor([0.0, 1.0 + 2**-9]).reshape(2, 1, 1)  # 1 + 2^-9 rounds to 1, and a quarter of it to 1/4
+    out = empty_outputs(y, "both")
+    bn_add_relu_pool(y, stats, **out, pool="avg", backend="reference")
+    assert out["full"][0, 0, 0, 0] == 1
+    assert out["pooled"].item() == 0.25
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend: str) -> None:
+    inputs = make_inputs((2, 1, 4, 4, 4), "normalised", torch.float32)
+    moved = [None if t is None else t.to(device_for(backend)) for t in inputs]
+    assert moved[0] is not None
+    for which in OUTPUTS:
+        out = {name: torch.zeros_like(tensor) for name, tensor in empty_outputs(moved[0], which).items()}
+        arguments = (*moved, out.get("full"), out.get("pooled"), "max", backend)
+        torch.library.opcheck(torch.ops.bmsn.bn_add_relu_pool.default, arguments)
+
+
+def test_bad_input() -> None:
+    y, stats, shortcut, shortcut_stats = make_inputs((2, 2, 4, 4, 6), "normalised", torch.float32)
+    assert y is not None
+    assert stats is not None
+    assert shortcut is not None
+    out = empty_outputs(y, "both")
+    good: dict[str, Any] = {
+        **{"y": y, "stats": stats, "shortcut": shortcut, "shortcut_stats": shortcut_stats, "backend": "reference"},
+        **out,
+    }
+
+    def fails(message: str, **bad: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            bn_add_relu_pool(**good | bad)
+
+    fails("y must be float32, bfloat16 or float64 .* got torch.float16", y=y.half())
+    fails("y must be channels_last", y=y.contiguous())
+    fails(r"y must be \(B, C, H, W\) with at least 1 of each; got \(4, 4, 24\)", y=y.flatten(2))
+    fails(r"stats must be \(2, G, C\); got \(2, 4\)", stats=stats[:, 0])
+    fails("num_groups must be at least 1 and divide the batch of 4 images; got 3", stats=torch.zeros(2, 3, 4))
+    for bad in (stats[:, :, :3].contiguous(), stats.double(), stats.to("meta"), stats.mT.contiguous().mT):
+        fails(r"stats must be \(2, 2, 4\), contiguous, torch.float32 on cpu", stats=bad)
+        fails("shortcut_stats must be", shortcut_stats=bad)
+    fails("shortcut_stats must be None where there is no shortcut", shortcut=None)
+    for wrong in (shortcut[:2], shortcut.bfloat16(), shortcut.to("meta")):
+        fails(r"shortcut must be \(4, 4, 4, 6\), torch.float32 on cpu", shortcut=wrong)
+    fails("shortcut must be channels_last", shortcut=shortcut.contiguous())
+    odd, *rest = make_inputs((2, 2, 4, 3, 6), "plain", torch.float32)
+    assert odd is not None
+    message = r"a map that is pooled 2x2 must have even H and W; got y \(4, 4, 3, 6\)"
+    fails(message, y=odd, stats=rest[0], shortcut=rest[1], shortcut_stats=None, full=None)
+    fails("pool must be one of max, avg; got 'min'", pool="min")
+    fails("at least one of full and pooled must be given", full=None, pooled=None)
+    fails(r"full must be \(4, 4, 4, 6\), torch.float32 on cpu", full=out["pooled"])
+    fails(r"pooled must be \(4, 4, 2, 3\), torch.float32 on cpu", pooled=out["full"])
+    wide = {name: value.double() for name, value in good.items() if isinstance(value, Tensor)}
+    fails("bn_add_relu_pool has only: reference", **wide, backend="triton")

@@ -1,168 +1,442 @@
-"""conv_bn and batch_statistics: against float64, with and without the normalised input, in groups."""
+"""conv_bn, conv_scale and batch_statistics: the reference against a float64 formula, Triton against both."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bmsn.backend import extension
 from bmsn.errors import InputError
-from bmsn.ops.conv_bn import batch_statistics, conv_bn
-from bmsn.ops.norm_relu import EPS
+from bmsn.ops.conv_bn import (
+    ConvBn,
+    batch_statistics,
+    batch_statistics_reference,
+    conv_bn,
+    conv_bn_reference,
+    conv_scale,
+    conv_scale_reference,
+)
 from oracles import assert_no_worse
-
-# (groups, images of a group, I, O, kernel, stride, H, W): a stem; a ResNet-20 layer; a striding projection; odd sizes
-CASES = [
-    (2, 3, 3, 16, 3, 1, 8, 8),
-    (2, 2, 16, 16, 3, 1, 32, 32),
-    (3, 2, 16, 32, 1, 2, 8, 8),
-    (1, 2, 5, 7, 3, 2, 5, 9),
-]
-DTYPES = [torch.float32, torch.bfloat16]
-needs_cpp = pytest.mark.skipif(extension() is None, reason="bmsn._C was not built")
-BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
-
-
-def make_case(case: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """x, weight, stats of x, weight of a projection; two weight sets each, of which the last is meant."""
-    groups, images, inputs, outputs, kernel, _, height, width = case
-    generator = torch.Generator().manual_seed(sum(case))
-    x = torch.randn(groups * images, height, width, inputs, generator=generator).permute(0, 3, 1, 2)
-    weight = torch.randn(2, outputs, kernel, kernel, inputs, generator=generator) / (inputs * kernel**2) ** 0.5
-    projection = torch.randn(2, outputs, 1, 1, inputs, generator=generator) / inputs**0.5
-    stats = torch.stack([0.3 * torch.randn(groups, inputs, generator=generator), 1 + torch.rand(groups, inputs)])
-    return x.to(dtype), weight.permute(0, 1, 4, 2, 3).to(dtype), stats, projection.permute(0, 1, 4, 2, 3).to(dtype)
+from stacked import (
+    BACKENDS,
+    TRITON_DTYPES,
+    WITHOUT_CPP,
+    assert_guards_hold,
+    channels_last,
+    device_for,
+    guarded,
+    needs_triton,
+    random_map,
+    random_rows,
+)
 
 
-def statistics_plainly(y: Tensor, groups: int) -> Tensor:
-    parts = [part.permute(1, 0, 2, 3).flatten(1) for part in y.chunk(groups)]
-    mean = torch.stack([part.mean(1) for part in parts])
-    variance = torch.stack([(part - part.mean(1, keepdim=True)).square().mean(1) for part in parts])
-    return torch.stack([mean, 1 / (variance + EPS).sqrt()])
+@dataclass(frozen=True)
+class Case:
+    """Arguments of a convolution; three weight sets, one for each group, not in order."""
 
+    x: Tensor
+    weight: Tensor
+    weight_index: Tensor
+    stats: Tensor | None
+    shortcut_weight: Tensor | None
+    stride: int
 
-def normalised_plainly(x: Tensor, stats: Tensor) -> Tensor:
-    groups = zip(x.chunk(stats.shape[1]), *stats, strict=True)
-    return torch.cat([((g - mean[:, None, None]) * rstd[:, None, None]).clamp_min(0) for g, mean, rstd in groups])
+    @property
+    def num_groups(self) -> int:
+        return len(self.weight_index)
 
+    def to(self, target: torch.dtype | torch.device) -> Case:
+        """In another dtype (statistics in the one that goes with it), or on another device."""
+        stats_target = torch.promote_types(target, torch.float32) if isinstance(target, torch.dtype) else target
+        index = self.weight_index if isinstance(target, torch.dtype) else self.weight_index.to(target)
+        x, weight = self.x.to(target), self.weight.to(target)
+        stats = None if self.stats is None else self.stats.to(stats_target)
+        shortcut_weight = None if self.shortcut_weight is None else self.shortcut_weight.to(target)
+        return Case(x, weight, index, stats, shortcut_weight, self.stride)
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_error_is_at_most_twice_eager(case, dtype, backend):
-    groups, stride = case[0], case[5]
-    x, weight, stats, projection = make_case(case, dtype)
-    padding = weight.shape[-1] // 2
-    chosen = torch.ones(groups, dtype=torch.int32)
-    for given, index in ((None, None), (stats, None), (stats, chosen)):
-        w, p = (weight[0], projection[0]) if index is None else (weight[1], projection[1])
-        wide, plain = x.double(), x
-        if given is not None:  # what goes into the convolution has the dtype of x: the oracle is given that too
-            plain = normalised_plainly(x.float(), given).to(dtype)
-            wide = plain.double()
-        found = conv_bn(
-            x, weight, groups, stats=given, weight_index=index, stride=stride, shortcut_weight=projection,
+    def run(self, backend: str) -> ConvBn:
+        device = device_for(backend)
+        case = self.to(device)
+        return conv_bn(
+            *(case.x, case.weight, case.num_groups),
+            stats=case.stats,
+            weight_index=case.weight_index,
+            stride=case.stride,
+            shortcut_weight=case.shortcut_weight,
             backend=backend,
-        )  # fmt: skip
-        oracle = F.conv2d(wide, w.double(), stride=stride, padding=padding)
-        eager = F.conv2d(plain, w, stride=stride, padding=padding)
-        assert_no_worse(found.y, eager=eager, oracle=oracle)
-        assert_no_worse(
-            found.shortcut,
-            eager=F.conv2d(plain, p, stride=stride),
-            oracle=F.conv2d(wide, p.double(), stride=stride),
         )
-        for y, of in ((found.y, found.stats), (found.shortcut, found.shortcut_stats)):
-            assert of.dtype == torch.float32
-            assert_no_worse(
-                of, eager=statistics_plainly(y.float(), groups), oracle=statistics_plainly(y.double(), groups)
-            )
+
+
+# groups, images, I, O, H, W, k, stride, shortcut
+SHAPES = [
+    (2, 1, 3, 5, 6, 7, 3, 1, False),  # a stem: 3 channels, fewer than a product takes
+    (3, 2, 16, 16, 8, 9, 3, 1, False),  # a ResNet-20 layer; tiles that are not full
+    (2, 2, 20, 33, 7, 9, 3, 2, True),  # ragged in pixels, input and output channels at once; odd map, halved
+    (1, 3, 40, 70, 5, 5, 1, 2, True),  # 1x1, halved; three blocks of output channels
+    (2, 3, 18, 8, 1, 1, 3, 1, True),  # a map smaller than the kernel: nothing but its centre counts
+]
+
+
+def make_case(shape: tuple[int, ...], normed: bool, dtype: torch.dtype = torch.float32) -> Case:
+    groups, images, i, o, h, w, k, stride, shortcut = shape
+    x = random_map(groups * images, i, h, w, seed=1, dtype=dtype)
+    index = torch.tensor([2, 0, 1][:groups], dtype=torch.int32)
+    stats = batch_statistics_reference(x, groups) if normed else None
+    weight, shortcut_weight = (random_rows(3, o, i, size, size, seed=size, dtype=dtype) for size in (k, 1))
+    return Case(x, weight, index, stats, shortcut_weight if shortcut else None, stride)
+
+
+def convolution(a: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """Tap by tap."""
+    k, (height, width) = weight.shape[-1], a.shape[2:]
+    padded = a.new_zeros((*a.shape[:2], height + k - 1, width + k - 1))
+    padded[:, :, k // 2 : k // 2 + height, k // 2 : k // 2 + width] = a
+    shifted = [
+        torch.einsum("nchw,oc->nohw", padded[:, :, i : i + height : stride, j : j + width : stride], weight[:, :, i, j])
+        for i in range(k)
+        for j in range(k)
+    ]
+    return torch.stack(shifted).sum(0)
+
+
+def statistics(x: Tensor) -> Tensor:
+    mean = x.mean((0, 2, 3), keepdim=True)
+    variance = (x - mean).square().mean((0, 2, 3))
+    return torch.stack([mean.flatten(), 1 / (variance + 1e-5).sqrt()])
+
+
+def formula(case: Case) -> list[Tensor]:
+    """y, stats, shortcut, shortcut_stats in float64, group by group."""
+    wide = case.to(torch.float64)
+    found: list[Tensor] = []
+    for weight in (wide.weight, wide.shortcut_weight):
+        if weight is None:
+            continue
+        parts = []
+        for g, group in enumerate(wide.x.chunk(case.num_groups)):
+            if wide.stats is not None:
+                mean, rstd = (t[g].reshape(1, -1, 1, 1) for t in wide.stats)
+                group = ((group - mean) * rstd).clamp(min=0)
+            parts.append(convolution(group, weight[int(case.weight_index[g])], case.stride))
+        found += [torch.cat(parts), torch.stack([statistics(part) for part in parts], 1)]
+    return found
+
+
+def outputs(result: ConvBn) -> list[Tensor]:
+    return [tensor for tensor in result if tensor is not None]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_reference_is_the_formula(shape: tuple[int, ...], normed: bool) -> None:
+    case = make_case(shape, normed, torch.float64)
+    for found, wanted in zip(outputs(case.run("reference")), formula(case), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_eager(shape: tuple[int, ...], normed: bool, dtype: torch.dtype) -> None:
+    case = make_case(shape, normed, dtype)
+    found, eager, oracle = outputs(case.run("triton")), outputs(case.run("reference")), formula(case)
+    for actual, plain, wide in zip(found, eager, oracle, strict=True):
+        for part in (0, 1) if wide.ndim == 3 else (slice(None),):  # mean and rstd have scales of their own
+            assert_no_worse(actual[part].cpu(), eager=plain[part], oracle=wide[part])
+        assert actual.ndim == 3 or actual.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_input_is_replaced_only_where_it_may_be(backend):
-    x, weight, stats, _ = make_case(CASES[1], torch.float32)
-    before = x.clone()
-    kept = conv_bn(x, weight, 2, stats=stats, backend=backend)
-    assert torch.equal(x, before)
-    replaced = conv_bn(x, weight, 2, stats=stats, overwrite=True, backend=backend)
-    assert torch.equal(replaced.y, kept.y)
-    if backend == "cpp":  # the reference has no use for it
-        torch.testing.assert_close(x, normalised_plainly(before, stats))
-    assert kept.shortcut is None
-    assert kept.shortcut_stats is None
+@pytest.mark.parametrize("shape", SHAPES[1:3], ids=str)
+def test_groups_are_separate_calls_and_runs_agree(shape: tuple[int, ...], backend: str) -> None:
+    case = make_case(shape, normed=True)
+    assert case.stats is not None
+    together = outputs(case.run(backend))
+    assert all(torch.equal(a, b) for a, b in zip(together, outputs(case.run(backend)), strict=True))
+    for g, x in enumerate(case.x.chunk(case.num_groups)):
+        row = int(case.weight_index[g])
+        alone = replace(
+            case,
+            x=x,
+            weight=case.weight[row : row + 1],
+            weight_index=torch.zeros(1, dtype=torch.int32),
+            stats=case.stats[:, g : g + 1].contiguous(),
+            shortcut_weight=None if case.shortcut_weight is None else case.shortcut_weight[row : row + 1],
+        )
+        for all_groups, one in zip(together, outputs(alone.run(backend)), strict=True):
+            part = all_groups[:, g : g + 1] if one.ndim == 3 else all_groups.chunk(case.num_groups)[g]
+            assert torch.equal(part, one)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_each_group_takes_its_own_weights(backend):
-    x, weight, stats, _ = make_case((3, 2, 16, 8, 3, 1, 6, 6), torch.float32)
-    mixed = conv_bn(x, weight, 3, stats=stats, weight_index=torch.tensor([1, 0, 1], dtype=torch.int32), backend=backend)
-    for row, groups in ((0, [1]), (1, [0, 2])):
-        alone = conv_bn(x, weight[row : row + 1], 3, stats=stats, backend=backend)
-        for g in groups:
-            torch.testing.assert_close(mixed.y[2 * g : 2 * g + 2], alone.y[2 * g : 2 * g + 2], rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(mixed.stats[:, g], alone.stats[:, g], rtol=1e-5, atol=1e-6)
+def test_without_an_index_all_groups_take_the_first_weights(backend: str) -> None:
+    case = make_case(SHAPES[2], normed=False)
+    zeros = replace(case, weight_index=torch.zeros(2, dtype=torch.int32)).run(backend)
+    device = device_for(backend)
+    none = conv_bn(case.x.to(device), case.weight.to(device), 2, stride=2, backend=backend)
+    assert torch.equal(none.y, zeros.y)
+    assert none.shortcut is None
+    assert none.shortcut_stats is None
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_group_does_not_depend_on_the_others(backend):
-    x, weight, stats, _ = make_case((3, 2, 16, 8, 3, 1, 6, 6), torch.float32)
-    together = conv_bn(x, weight, 3, stats=stats, backend=backend)
-    for g in range(3):
-        own = x[2 * g : 2 * g + 2]
-        alone = conv_bn(own, weight, 1, stats=stats[:, g : g + 1].contiguous(), backend=backend)
-        torch.testing.assert_close(alone.y, together.y[2 * g : 2 * g + 2], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(alone.stats, together.stats[:, g : g + 1], rtol=1e-5, atol=1e-6)
+def test_nan_spoils_what_sees_it_and_its_group(backend: str) -> None:
+    case = make_case((2, 2, 16, 8, 6, 6, 3, 1, True), normed=True)
+    case.x[1, 5, 2, 3] = torch.nan
+    found = case.run(backend)
+    assert found.shortcut is not None
+    seen = torch.zeros(found.y.shape, dtype=torch.bool)
+    seen[1, :, 1:4, 2:5] = True
+    assert torch.equal(found.y.isnan().cpu(), seen)
+    seen = torch.zeros_like(seen)
+    seen[1, :, 2, 3] = True
+    assert torch.equal(found.shortcut.isnan().cpu(), seen)
+    assert found.stats[:, 0].isnan().all()
+    assert found.stats[:, 1].isfinite().all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_statistics_survive_a_large_mean(backend):
-    x = (1000 + torch.randn(64, 2, 64, 64, generator=torch.Generator().manual_seed(0))).contiguous(
-        memory_format=torch.channels_last
-    )  # 262,144 values a channel
-    stats = batch_statistics(x, 1, backend=backend)
-    oracle = statistics_plainly(x.double(), 1)
-    torch.testing.assert_close(stats.double(), oracle, rtol=1e-4, atol=0)
-    assert abs(stats[1].mean() - 1) < 0.01
+def test_statistics_of_an_unused_group_touch_no_other(backend: str) -> None:
+    case = make_case(SHAPES[1], normed=True)
+    clean = case.run(backend).y
+    assert case.stats is not None
+    case.stats[:, 1] = torch.nan
+    images = len(case.x) // 3
+    spoilt = case.run(backend).y
+    assert spoilt[images : 2 * images].isnan().all()
+    assert torch.equal(spoilt[:images], clean[:images])
+    assert torch.equal(spoilt[2 * images :], clean[2 * images :])
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@needs_triton
+def test_triton_stays_in_bounds(shape: tuple[int, ...], normed: bool) -> None:
+    """Between guards of NaN: read, one spoils a result; written, it is NaN no longer. Outputs start as NaN."""
+    from bmsn.kernels.conv_bn import launch_conv_bn
+
+    case = make_case(shape, normed).to(device_for("triton"))
+    wanted = outputs(case.run("triton"))
+    out = {name: guarded(tensor, poison=True) for name, tensor in zip(ConvBn._fields, wanted, strict=False)}
+    inputs = [None if t is None else guarded(t) for t in (case.stats, case.weight_index)]
+    shortcut_weight = None if case.shortcut_weight is None else guarded(case.shortcut_weight)
+    x, weight = guarded(case.x), guarded(case.weight)
+    launch_conv_bn(x, weight, case.num_groups, *inputs, case.stride, shortcut_weight, *out.values())
+    assert all(torch.equal(tensor, want) for tensor, want in zip(out.values(), wanted, strict=True))
+    assert_guards_hold(**out)
+
+
+# conv_scale ----------------------------------------------------------------------------------------------------------
+
+
+def scale_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
+    case = make_case(shape, normed=False, dtype=dtype)
+    o = case.weight.shape[1]
+    wide = torch.promote_types(dtype, torch.float32)
+    scale, shift = random_rows(2, case.num_groups, o, seed=5, dtype=wide).clone()
+    shortcut = random_map(*conv_bn(case.x, case.weight, case.num_groups, stride=case.stride).y.shape, seed=6)
+    return {
+        "x": case.x,
+        "weight": case.weight,
+        "num_groups": case.num_groups,
+        "scale": scale,
+        "shift": shift,
+        "relu": True,
+        "shortcut": shortcut.to(dtype),
+        "weight_index": case.weight_index,
+        "stride": case.stride,
+    }
+
+
+def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+
+
+def scale_formula(arguments: dict[str, Any]) -> Tensor:
+    wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in arguments.items()}
+    parts = []
+    for g, x in enumerate(wide["x"].chunk(wide["num_groups"])):
+        scale, shift = (wide[name][g].reshape(1, -1, 1, 1) for name in ("scale", "shift"))
+        weight = wide["weight"][int(wide["weight_index"][g])]
+        parts.append(convolution(x, weight, wide["stride"]) * scale + shift)
+    y = torch.cat(parts)
+    y = y if wide["shortcut"] is None else y + wide["shortcut"]
+    return y.clamp(min=0) if wide["relu"] else y
+
+
+@pytest.mark.parametrize("relu_and_shortcut", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_scaled_reference_is_the_formula(shape: tuple[int, ...], relu_and_shortcut: bool) -> None:
+    arguments = scale_arguments(shape, torch.float64)
+    if not relu_and_shortcut:
+        arguments |= {"relu": False, "shortcut": None}
+    torch.testing.assert_close(conv_scale(**arguments), scale_formula(arguments), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("relu_and_shortcut", [False, True])
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
+def test_scaled_error_is_at_most_twice_eager(
+    shape: tuple[int, ...], relu_and_shortcut: bool, dtype: torch.dtype
+) -> None:
+    arguments = scale_arguments(shape, dtype)
+    if not relu_and_shortcut:
+        arguments |= {"relu": False, "shortcut": None}
+    found = conv_scale(**on(device_for("triton"), arguments), backend="triton")
+    assert_no_worse(found, eager=conv_scale_reference(**arguments), oracle=scale_formula(arguments))
+
+
+@needs_triton
+def test_scaled_triton_stays_in_bounds() -> None:
+    from bmsn.kernels.conv_bn import launch_conv_scale
+
+    arguments = on(device_for("triton"), scale_arguments(SHAPES[2], torch.float32))
+    wanted = conv_scale(**arguments, backend="triton")
+    y = guarded(wanted, poison=True)
+    bounded = [guarded(value) if isinstance(value, Tensor) else value for value in arguments.values()]
+    launch_conv_scale(*bounded, y)
+    assert torch.equal(y, wanted)
+    assert_guards_hold(y=y)
+
+
+@pytest.mark.parametrize("backend", WITHOUT_CPP)
+def test_a_frozen_group_may_be_one_value(backend: str) -> None:
+    x, weight = channels_last(torch.tensor([3.0, -1.0]).reshape(2, 1, 1, 1)), torch.ones(1, 1, 1, 1, 1)
+    affine = {"scale": torch.tensor([[2.0], [4.0]]), "shift": torch.tensor([[1.0], [0.5]])}
+    arguments = on(device_for(backend), {"x": x, "weight": weight, **affine})
+    y = conv_scale(**arguments, num_groups=2, relu=True, backend=backend)
+    assert y.flatten().tolist() == [7.0, 0.0]
+
+
+@pytest.mark.parametrize("backend", WITHOUT_CPP)
+def test_nan_passes_the_frozen_relu(backend: str) -> None:
+    arguments = scale_arguments((2, 1, 4, 8, 4, 4, 1, 1, False), torch.float32)
+    arguments["x"][1, 2, 0, 3] = torch.nan
+    y = conv_scale(**on(device_for(backend), arguments), backend=backend)
+    assert torch.equal(y.isnan().any(1).nonzero().cpu(), torch.tensor([[1, 0, 3]]))
+    assert y[1, :, 0, 3].isnan().all()
+
+
+# batch_statistics ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", TRITON_DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2, 1, 1, 1), (3, 2, 5, 7, 3), (2, 5, 130, 4, 4), (2, 9, 16, 8, 9)], ids=str)
+def test_statistics_error_is_at_most_twice_eager(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    groups, images, *rest = shape
+    x = random_map(groups * images, *rest, seed=3, dtype=dtype)
+    oracle = torch.stack([statistics(group) for group in x.double().chunk(groups)], 1)
+    found, eager = batch_statistics(x.to(device_for("triton")), groups, backend="triton"), batch_statistics(x, groups)
+    for part in (0, 1):
+        assert_no_worse(found[part].cpu(), eager=eager[part], oracle=oracle[part])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_nan_stays_in_its_channel_and_group(backend):
-    x = torch.randn(4, 4, 4, 3).permute(0, 3, 1, 2)
-    x[3, 1, 2, 2] = torch.nan
-    stats = batch_statistics(x, 2, backend=backend)
-    assert stats.isnan().nonzero().tolist() == [[0, 1, 1], [1, 1, 1]]
+def test_a_large_mean_does_not_cancel(backend: str) -> None:
+    x = channels_last(torch.randn(256, 2, 32, 32, generator=torch.Generator().manual_seed(1)) + 1000)
+    found = batch_statistics(x.to(device_for(backend)), 1, backend=backend)[:, 0].cpu().double()
+    oracle = statistics(x.double())
+    assert (found[0] - oracle[0]).abs().max() <= 6.2e-5  # float32 holds 1000 to 3.1e-5
+    assert (found[1] / oracle[1] - 1).abs().max() <= 2e-6
 
 
-@needs_cpp
-def test_opcheck():
-    x, *_ = make_case(CASES[0], torch.float32)
-    torch.library.opcheck(torch.ops.bmsn.batch_statistics, (x, 2, "cpp"))
-    _, weight, _, projection = make_case(CASES[0], torch.float32)
-    torch.library.opcheck(torch.ops.bmsn.conv_bn, (x, weight, 2, None, None, 1, projection, "cpp"))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_statistics_of_groups_are_separate_and_runs_agree(backend: str) -> None:
+    x = random_map(12, 20, 5, 7, seed=4).to(device_for(backend))
+    together = batch_statistics(x, 3, backend=backend)
+    assert torch.equal(together, batch_statistics(x, 3, backend=backend))
+    alone = [batch_statistics(group, 1, backend=backend) for group in x.chunk(3)]
+    assert torch.equal(together, torch.cat(alone, 1))
 
 
-def test_bad_input():
-    x, weight, stats, projection = make_case(CASES[1], torch.float32)
-    flat = torch.zeros(2, 3, 1, 1)
-    for words, call in (
-        (r"weight must be torch\.float32 on cpu; got torch\.bfloat16", lambda: conv_bn(x, weight.bfloat16(), 2)),
-        (r"weight must be \(S, O, 16, 3, 3\).*got \(2, 16, 8, 3, 3\)", lambda: conv_bn(x, weight[:, :, :8], 2)),
-        (r"weight must lie in \(S, O, kh, kw, I\) order", lambda: conv_bn(x, weight.contiguous(), 2)),
-        (r"shortcut_weight must be .*got \(2, 8, 16, 1, 1\)",
-         lambda: conv_bn(x, weight, 2, shortcut_weight=projection[:, :8])),
-        (r"stats must be \(2, 2, 16\).*got \(2, 1, 16\)",
-         lambda: conv_bn(x, weight, 2, stats=stats[:, :1].contiguous())),
-        (r"weight_index must be \(2,\).*int32", lambda: conv_bn(x, weight, 2, weight_index=torch.zeros(2))),
-        ("divide the batch of 4 images; got 3", lambda: conv_bn(x, weight, 3)),
-        ("stride must be 1 or 2; got 0", lambda: conv_bn(x, weight, 2, stride=0)),
-        ("channels_last", lambda: conv_bn(x.contiguous(), weight, 2)),
-        ("at least 2 values", lambda: batch_statistics(flat, 2)),
-        (r"\(B, C, H, W\)", lambda: batch_statistics(flat[0, 0], 1)),
-        ("float16", lambda: batch_statistics(flat.half(), 1)),
-        ("has only: reference", lambda: conv_bn(x.double(), weight.double(), 2, backend="cpp")),
-    ):  # fmt: skip
-        with pytest.raises(InputError, match=words):
-            call()
+@needs_triton
+def test_triton_statistics_stay_in_bounds() -> None:
+    from bmsn.kernels.statistics import launch_batch_statistics
+
+    x = random_map(10, 130, 4, 4, seed=4).to(device_for("triton"))
+    wanted = batch_statistics(x, 2, backend="triton")
+    stats = guarded(wanted, poison=True)
+    launch_batch_statistics(guarded(x), 2, stats)
+    assert torch.equal(stats, wanted)
+    assert_guards_hold(stats=stats)
+
+
+# Registration and errors. --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", WITHOUT_CPP)
+def test_opcheck(backend: str) -> None:
+    case = make_case((2, 2, 4, 8, 4, 6, 3, 2, True), normed=True).to(device_for(backend))
+    ops = torch.ops.bmsn
+    whole = (case.stats, case.weight_index, 2, case.shortcut_weight)
+    for optional in (whole, (None, None, 1, None)):
+        torch.library.opcheck(ops.conv_bn.default, (case.x, case.weight, 2, *optional, backend))
+    torch.library.opcheck(ops.batch_statistics.default, (case.x, 2, backend))
+    y, stats = case.run(backend)[:2]
+    for shortcut in (y, None):
+        arguments = (case.x, case.weight, 2, *stats, True, shortcut, case.weight_index, 2, backend)
+        torch.library.opcheck(ops.conv_scale.default, arguments)
+
+
+def test_bfloat16_is_rounded_once_by_the_reference() -> None:
+    case = make_case(SHAPES[1], normed=True, dtype=torch.bfloat16)
+    y, stats = outputs(case.run("reference"))
+    assert y.dtype == torch.bfloat16
+    assert stats.dtype == torch.float32
+    assert torch.equal(stats, batch_statistics_reference(y, 3))
+    assert_no_worse(
+        y, eager=conv_bn_reference(case.x, case.weight, 3, case.stats, case.weight_index)[0], oracle=formula(case)[0]
+    )
+
+
+def test_bad_input() -> None:
+    case = make_case((2, 2, 4, 8, 4, 6, 3, 1, True), normed=True)
+    x, weight, index, stats = case.x, case.weight, case.weight_index, case.stats
+    good: dict[str, Any] = {"x": x, "weight": weight, "num_groups": 2, "stats": stats, "weight_index": index}
+
+    def fails(message: str, **bad: Any) -> None:
+        with pytest.raises(InputError, match=message):
+            conv_bn(**good | bad)
+
+    fails("x must be float32, bfloat16 or float64 .* got torch.float16", x=x.half())
+    fails(r"x must be \(B, C, H, W\) with at least 1 of each; got \(4, 4, 24\)", x=x.flatten(2))
+    fails(r"x must be .* got \(0, 4, 4, 6\)", x=x[:0])
+    fails(r"x must be channels_last; got strides \(96, 24, 6, 1\)", x=x.contiguous())
+    for groups in (0, 3):
+        fails(f"num_groups must be at least 1 and divide the batch of 4 images; got {groups}", num_groups=groups)
+    fails("stride must be 1 or 2; got 3", stride=3)
+    fails(
+        r"weight must be \(S, O, 4, k, k\), k 1 or 3, none of them 0; got \(3, 8, 4, 5, 5\)",
+        weight=random_rows(3, 8, 4, 5, 5, seed=1),
+    )
+    fails(r"weight must be \(S, O, 4, 3, 3\).* got \(3, 8, 5, 3, 3\)", weight=random_rows(3, 8, 5, 3, 3, seed=1))
+    fails(r"weight must be \(S, O, 4, k, k\).* got \(8, 4, 3, 3\)", weight=weight[0])
+    fails("weight must be torch.float32 on cpu; got torch.bfloat16 on cpu", weight=weight.bfloat16())
+    fails("weight must be torch.float32 on cpu; got torch.float32 on meta", weight=weight.to("meta"))
+    fails(r"weight must lie in \(S, O, kh, kw, I\) order in memory", weight=weight.contiguous())
+    fails(r"shortcut_weight must be \(3, 8, 4, 1, 1\).* got \(3, 8, 4, 3, 3\)", shortcut_weight=weight)
+    for wrong in (index.long(), index[:1], index.to("meta")):
+        fails(r"weight_index must be \(2,\), contiguous, torch.int32 on cpu", weight_index=wrong)
+    assert stats is not None
+    for bad in (stats[:, :1], stats.double(), stats.to("meta"), stats.mT.contiguous().mT):
+        fails(r"stats must be \(2, 2, 4\), contiguous, torch.float32 on cpu", stats=bad)
+    one = channels_last(x[:2, :, :1, :1])
+    fails("a statistics group needs at least 2 values in each channel; got 1", x=one)
+    huge = torch.empty((2**18, 4, 128, 128), device="meta", memory_format=torch.channels_last)
+    fails("a group must have at most 2147418112 pixels; got 4294967296", x=huge, num_groups=1)
+    fails("conv_bn has only: reference", x=x.double(), weight=weight.double(), stats=stats.double(), backend="triton")
+    with pytest.raises(InputError, match="a statistics group needs at least 2 values"):
+        batch_statistics(one, 2)
+
+    y = conv_bn(x, weight, 2).y
+    affine = torch.ones(2, 8)
+    for field, bad in (("scale", affine[:1]), ("shift", affine.double()), ("shift", affine[:, :1].expand(2, 8))):
+        with pytest.raises(InputError, match=rf"{field} must be \(2, 8\), contiguous, torch.float32 on cpu"):
+            conv_scale(x, weight, 2, **{"scale": affine, "shift": affine, field: bad}, relu=True)
+    for shortcut in (y[:2], y.double()):
+        with pytest.raises(InputError, match=r"shortcut must be \(4, 8, 4, 6\), torch.float32 on cpu"):
+            conv_scale(x, weight, 2, scale=affine, shift=affine, relu=True, shortcut=shortcut)

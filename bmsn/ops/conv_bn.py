@@ -102,10 +102,9 @@ def conv_bn(
     shape = _output_shape(x, weight, stride)
     check_group_values(shape[0] // num_groups * shape[2] * shape[3])
     chosen = _resolve("conv_bn", x, backend)
-    if chosen == "cpp" and stats is not None:
-        normalised = x if overwrite else torch.empty_like(x)
-        bn_add_relu_pool(x, stats, full=normalised, backend=chosen)
-        x, stats = normalised, None
+    if chosen == "cpp" and stats is not None and overwrite:
+        bn_add_relu_pool(x, stats, full=x, backend=chosen)
+        stats = None
     out = torch.ops.bmsn.conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, chosen)
     return ConvBn(out[0], out[1], *((out[2], out[3]) if len(out) == 4 else (None, None)))
 
@@ -309,7 +308,10 @@ def _conv_bn_impl(
     if backend == "reference":
         return conv_bn_reference(x, weight, num_groups, stats, weight_index, stride, shortcut_weight)
     if backend == "cpp":
-        assert stats is None, "conv_bn has normalised x"
+        if stats is not None:
+            normalised = torch.empty_like(x)
+            bn_add_relu_pool(x, stats, full=normalised, backend=backend)
+            x = normalised
         found = []
         for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
             y = _convolve(x, w, num_groups, weight_index, stride)

@@ -1,13 +1,14 @@
 """Implicit-GEMM convolution of stacked states on NHWC maps, for `bmsn.ops.conv_bn`.
 
 A program computes BLOCK_M output pixels of one group times BLOCK_N output channels: for each tap of the kernel a
-product of the (BLOCK_M, I) shifted pixels and the tap's (I, BLOCK_N) weights, summed in float32. On load pixels are
+product of the (BLOCK_M, IN) shifted pixels and the tap's (IN, BLOCK_N) weights, summed in float32. On load pixels are
 normalised, ReLU'd and rounded, and those outside the map are 0 after that. On store the tile leaves its partial
 statistics, or is scaled, shifted, added to and ReLU'd. A group is a whole number of tiles, so a tile has one set of
 weights and statistics, and a group's result does not depend on the other groups.
 
-Taps are unrolled and the loop over I is the only one: flattened into one loop over (tap, I) with 8 warps, such kernels
-have been miscompiled silently for H100. Channels are constants of a compilation, sizes of batches and maps are not.
+Taps are unrolled and the loop over IN is the only one: flattened into one loop over (tap, IN) with 8 warps, such
+kernels have been miscompiled silently for H100. Channels are constants of a compilation, sizes of batches and maps are
+not.
 """
 
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+
 from bmsn.kernels.statistics import empty_partials, finalise, store_partial
 
 
@@ -29,8 +31,8 @@ class Config(NamedTuple):
 # (bytes of an element, does a shortcut ride along) -> one configuration for each width of the output, narrowest first;
 # the last one also serves what is wider. Estimates, still to be measured on a GPU. What is known of them is what
 # compiling them says (sm_90, bfloat16): with 64 channels a product instead of 32, 128 x 64 takes all 255 registers of a
-# thread instead of 170, and 128 x 128, or 128 x 64 with a shortcut, spills.
-# float32 multiplies without tensor cores (IEEE, not TF32): smaller tiles.
+# thread instead of 176, and 128 x 128, or 128 x 64 with a shortcut, spills. float32 multiplies without tensor cores
+# (IEEE, not TF32): smaller tiles.
 CONFIGS = {
     (2, False): (
         Config(128, 16, 32, 4, 2),
@@ -50,24 +52,24 @@ def config_for(itemsize: int, shortcut: bool, out_channels: int) -> Config:
 
 
 @triton.jit
-def _store_branch(acc, tile, count, pixel, valid, channel, offset, y_ptr, partial_ptr, O: tl.constexpr):
-    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (channel < O)[None, :])
+def _store_branch(acc, tile, count, valid, channel, offset, y_ptr, partial_ptr, OUT: tl.constexpr):
+    tl.store(y_ptr + offset, acc.to(y_ptr.dtype.element_ty), mask=valid[:, None] & (channel < OUT)[None, :])
     if partial_ptr is not None:
-        store_partial(acc, valid, count, partial_ptr + tile.to(tl.int64) * 2 * O, channel, O)
+        store_partial(acc, valid, count, partial_ptr + tile.to(tl.int64) * 2 * OUT, channel, OUT)
 
 
 @triton.jit(do_not_specialize=["num_groups", "images", "height", "width", "out_height", "out_width", "tiles"])
 def _conv_kernel(
-    x_ptr,  # (G, images, height, width, I)
-    weight_ptr,  # (S, O, KERNEL, KERNEL, I), weight_stride apart
-    y_ptr,  # (G, images, out_height, out_width, O)
+    x_ptr,  # (G, images, height, width, IN)
+    weight_ptr,  # (S, OUT, KERNEL, KERNEL, IN), weight_stride apart
+    y_ptr,  # (G, images, out_height, out_width, OUT)
     weight_index_ptr,  # (G,), or None: 0
-    in_stats_ptr,  # (2, G, I), or None: x as it is
-    partial_ptr,  # (G, tiles, 2, O), or None: no statistics
-    shortcut_weight_ptr,  # (S, O, I), shortcut_weight_stride apart, or None: no second convolution
+    in_stats_ptr,  # (2, G, IN), or None: x as it is
+    partial_ptr,  # (G, tiles, 2, OUT), or None: no statistics
+    shortcut_weight_ptr,  # (S, OUT, IN), shortcut_weight_stride apart, or None: no second convolution
     shortcut_ptr,  # its result, like y
     shortcut_partial_ptr,  # like partial
-    scale_ptr,  # (G, O), or None: no scale and shift
+    scale_ptr,  # (G, OUT), or None: no scale and shift
     shift_ptr,
     added_ptr,  # like y, or None
     num_groups,
@@ -79,8 +81,8 @@ def _conv_kernel(
     tiles,
     weight_stride,
     shortcut_weight_stride,
-    I: tl.constexpr,
-    O: tl.constexpr,
+    IN: tl.constexpr,
+    OUT: tl.constexpr,
     KERNEL: tl.constexpr,
     STRIDE: tl.constexpr,
     RELU: tl.constexpr,
@@ -88,7 +90,7 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    channel_blocks: tl.constexpr = (O + BLOCK_N - 1) // BLOCK_N
+    channel_blocks: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     # blocks of channels of one tile come next to each other, so that all but the first find its pixels in L2
     program = tl.program_id(0)
     tile, channel = program // channel_blocks, program % channel_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -100,7 +102,7 @@ def _conv_kernel(
     top = place // out_width * STRIDE - KERNEL // 2
     left = place % out_width * STRIDE - KERNEL // 2
     corner = ((group.to(tl.int64) * images + image) * height + top) * width + left  # may lie outside; then not read
-    x_rows = x_ptr + corner * I
+    x_rows = x_ptr + corner * IN
 
     weights = weight_ptr
     shortcut_weights = shortcut_weight_ptr
@@ -116,40 +118,39 @@ def _conv_kernel(
         down = tap // KERNEL
         right = tap % KERNEL
         inside = valid & (top + down >= 0) & (top + down < height) & (left + right >= 0) & (left + right < width)
-        for first in range(0, I, BLOCK_K):
+        for first in range(0, IN, BLOCK_K):
             k = first + tl.arange(0, BLOCK_K)
-            mask = inside[:, None] & (k < I)[None, :]
-            a = tl.load(x_rows[:, None] + ((down * width + right) * I + k)[None, :], mask=mask, other=0.0)
+            mask = inside[:, None] & (k < IN)[None, :]
+            a = tl.load(x_rows[:, None] + ((down * width + right) * IN + k)[None, :], mask=mask, other=0.0)
             if in_stats_ptr is not None:
-                in_stats = in_stats_ptr + group.to(tl.int64) * I + k
-                mean = tl.load(in_stats, mask=k < I, other=0.0)
-                rstd = tl.load(in_stats + num_groups.to(tl.int64) * I, mask=k < I, other=0.0)
+                in_stats = in_stats_ptr + group.to(tl.int64) * IN + k
+                mean = tl.load(in_stats, mask=k < IN, other=0.0)
+                rstd = tl.load(in_stats + num_groups.to(tl.int64) * IN, mask=k < IN, other=0.0)
                 normed = (a.to(tl.float32) - mean[None, :]) * rstd[None, :]
                 normed = tl.maximum(normed, 0.0, propagate_nan=tl.PropagateNan.ALL)
                 a = tl.where(inside[:, None], normed, 0.0).to(x_ptr.dtype.element_ty)
-            weight_mask = (k < I)[:, None] & (channel < O)[None, :]
-            offsets = channel[None, :] * (KERNEL * KERNEL * I) + tap * I + k[:, None]
+            weight_mask = (k < IN)[:, None] & (channel < OUT)[None, :]
+            offsets = channel[None, :] * (KERNEL * KERNEL * IN) + tap * IN + k[:, None]
             b = tl.load(weights + offsets, mask=weight_mask, other=0.0)
             acc = tl.dot(a, b, acc, input_precision="ieee")
-            if shortcut_weight_ptr is not None:
-                if tap == KERNEL * KERNEL // 2:  # the pixel that a 1x1 convolution sees
-                    b = tl.load(shortcut_weights + channel[None, :] * I + k[:, None], mask=weight_mask, other=0.0)
-                    shortcut_acc = tl.dot(a, b, shortcut_acc, input_precision="ieee")
+            if shortcut_weight_ptr is not None and tap == KERNEL * KERNEL // 2:  # the tap of a 1x1 convolution
+                b = tl.load(shortcut_weights + channel[None, :] * IN + k[:, None], mask=weight_mask, other=0.0)
+                shortcut_acc = tl.dot(a, b, shortcut_acc, input_precision="ieee")
 
     count = tl.minimum(BLOCK_M, pixels - start).to(tl.float32)
-    offset = (group.to(tl.int64) * pixels + pixel)[:, None] * O + channel[None, :]
+    offset = (group.to(tl.int64) * pixels + pixel)[:, None] * OUT + channel[None, :]
     if scale_ptr is not None:
-        affine = group.to(tl.int64) * O + channel
-        scale = tl.load(scale_ptr + affine, mask=channel < O, other=0.0)
-        shift = tl.load(shift_ptr + affine, mask=channel < O, other=0.0)
+        affine = group.to(tl.int64) * OUT + channel
+        scale = tl.load(scale_ptr + affine, mask=channel < OUT, other=0.0)
+        shift = tl.load(shift_ptr + affine, mask=channel < OUT, other=0.0)
         acc = acc * scale[None, :] + shift[None, :]
         if added_ptr is not None:
-            acc += tl.load(added_ptr + offset, mask=valid[:, None] & (channel < O)[None, :], other=0.0).to(tl.float32)
+            acc += tl.load(added_ptr + offset, mask=valid[:, None] & (channel < OUT)[None, :], other=0.0).to(tl.float32)
         if RELU:
             acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    _store_branch(acc, tile, count, pixel, valid, channel, offset, y_ptr, partial_ptr, O)
+    _store_branch(acc, tile, count, valid, channel, offset, y_ptr, partial_ptr, OUT)
     if shortcut_weight_ptr is not None:
-        _store_branch(shortcut_acc, tile, count, pixel, valid, channel, offset, shortcut_ptr, shortcut_partial_ptr, O)
+        _store_branch(shortcut_acc, tile, count, valid, channel, offset, shortcut_ptr, shortcut_partial_ptr, OUT)
 
 
 def _launch(
@@ -196,8 +197,8 @@ def _launch(
             tiles,
             weight.stride(0),
             0 if shortcut_weight is None else shortcut_weight.stride(0),
-            I=channels,
-            O=out_channels,
+            IN=channels,
+            OUT=out_channels,
             KERNEL=weight.shape[-1],
             STRIDE=stride,
             RELU=relu,

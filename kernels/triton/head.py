@@ -69,8 +69,8 @@ def _head_kernel(
         (tl.max(nan.to(tl.int32), axis=1) > 0)[:, None], nan, (logits == largest[:, None]) & (k < K)[None, :]
     )
     predicted = tl.min(tl.where(hit, k[None, :], BLOCK_K), axis=1)
-    label = tl.load(labels_ptr + image, mask=valid, other=-1)
-    correct = tl.sum((valid & (predicted == label)).to(tl.int64), axis=0)
+    label = tl.load(labels_ptr + image, mask=valid, other=-1)  # -1 is predicted for none
+    correct = tl.sum((predicted == label).to(tl.int64), axis=0)
     tl.atomic_add(correct_ptr + group, correct, sem="relaxed")
 
 

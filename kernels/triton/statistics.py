@@ -26,8 +26,11 @@ def store_partial(values, valid, count, partial_ptr, channel, C: tl.constexpr):
     """values (BLOCK_M, BLOCK_C) float32, of which `count` rows are `valid`; partial_ptr: the tile's (2, C) numbers."""
     mean = tl.sum(tl.where(valid[:, None], values, 0.0), axis=0) / count
     centred = tl.where(valid[:, None], values - mean[None, :], 0.0)
-    tl.store(partial_ptr + channel, mean, mask=channel < C)
-    tl.store(partial_ptr + C + channel, tl.sum(centred * centred, axis=0), mask=channel < C)
+    # the first sum rounds at the size of the values; this one, of the differences, at the size of their spread
+    rest = tl.sum(centred, axis=0) / count
+    m2 = tl.sum(centred * centred, axis=0) - count * rest * rest
+    tl.store(partial_ptr + channel, mean + rest, mask=channel < C)
+    tl.store(partial_ptr + C + channel, m2, mask=channel < C)
 
 
 @triton.jit(do_not_specialize=["pixels", "tiles"])
@@ -79,7 +82,6 @@ def _finalise_kernel(
         means = tl.load(rows, mask=mask, other=0.0)
         block_count = tl.sum(counts, axis=0)
         block_mean = tl.sum(counts[:, None] * means, axis=0) / block_count
-        # that sum rounds at the size of the mean; a second one, of the differences, at the size of the spread
         block_mean += tl.sum(counts[:, None] * (means - block_mean[None, :]), axis=0) / block_count
         apart = means - block_mean[None, :]
         squares = tl.load(rows + C, mask=mask, other=0.0) + counts[:, None] * apart * apart

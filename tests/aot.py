@@ -1,0 +1,265 @@
+"""Compiles what the Triton launchers would launch, ahead of time and without a GPU, and reads what it needs.
+
+The launchers themselves run, on tensors without memory (device "meta") and with recorders in place of the kernels, so
+that what is compiled is what a call would launch, tuned configuration included.
+
+    python tests/aot.py     # `make check-gpu`: every case for every architecture, as a table; exit code 1 for a spill
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+ARCHITECTURES = (90, 80, 100)  # H100 and H200; A100; B200
+DTYPES = (torch.bfloat16, torch.float32)
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.int32: "i32", torch.int64: "i64"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A launch: its name, the dtype of its maps, whether the ordinary run compiles it, and the call that makes it."""
+
+    name: str
+    dtype: torch.dtype
+    ordinary: bool
+    launch: Callable[[], None]
+
+    def __str__(self) -> str:
+        return f"{self.name}-{TYPES[self.dtype]}"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher gave a kernel."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes: registers a thread, bytes of local memory and stack a thread, shared bytes."""
+
+    kernel: str
+    registers: int
+    local: int
+    stack: int
+    shared: int
+
+
+def record(launch: Callable[[], None]) -> list[Launch]:
+    """Runs a launcher with recorders in place of all kernels."""
+    launches: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *args, **options: launches.append(Launch(self.kernel, args, options))
+
+    modules = {kernels("statistics"), importlib.import_module(_module_of(launch))}
+    with ExitStack() as stack:
+        for module in modules:
+            found = {name: Recorder(value) for name, value in vars(module).items() if name.endswith("_kernel")}
+            stack.enter_context(patch.multiple(module, **found))
+        launch()
+    return launches
+
+
+def compile_launch(launch: Launch, architecture: int) -> Usage:
+    """Compiles a recorded launch as the JIT would for these arguments: same specialisation, same options."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        value = given[parameter.name]
+        special = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
+            signature[parameter.name], constants[place,] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[parameter.name] = "*" + TYPES[value.dtype]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32" if value < 2**31 else "i64"
+        if isinstance(value, Tensor) or (special and value % 16 == 0):
+            attributes[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return Usage(launch.kernel.__name__, *_resources(compiled.asm["cubin"]), compiled.metadata.shared)
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int]:
+    """Registers, local memory and stack, from the cuobjdump that Triton ships: without a GPU it does not say itself."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True)
+    found = [re.search(rf"\b{name}:(\d+)", done.stdout) for name in ("REG", "LOCAL", "STACK")]
+    assert all(found), f"cuobjdump printed no resource usage:\n{done.stdout}"
+    registers, local, stack = (int(match[1]) for match in found if match)
+    return registers, local, stack
+
+
+def kernels(name: str) -> ModuleType:
+    return importlib.import_module(f"bmsn.kernels.{name}")
+
+
+def _module_of(launch: Callable[[], None]) -> str:
+    return launch.func.__module__ if isinstance(launch, partial) else launch.__module__
+
+
+# The cases. -----------------------------------------------------------------------------------------------------------
+
+
+def _map(channels: int, size: int, dtype: torch.dtype, batch: int = 512) -> Tensor:
+    return torch.empty((batch, channels, size, size), dtype=dtype, device="meta", memory_format=torch.channels_last)
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _weight(out_channels: int, in_channels: int, kernel: int, dtype: torch.dtype) -> Tensor:
+    return _meta(4, out_channels, kernel, kernel, in_channels, dtype=dtype).permute(0, 1, 4, 2, 3)
+
+
+def _conv_case(
+    dtype: torch.dtype, i: int, o: int, kernel: int, stride: int, stats: bool, shortcut: bool, ordinary: bool
+) -> Case:
+    out = [_map(o, 32 // stride, dtype), _meta(2, 2, o)]
+    launch = partial(
+        kernels("conv_bn").launch_conv_bn,
+        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype), 2, _meta(2, 2, i) if stats else None),
+        *(_meta(2, dtype=torch.int32), stride, _weight(o, i, 1, dtype) if shortcut else None),
+        *(out * 2 if shortcut else out),
+    )
+    words = ["normed"] * stats + ["shortcut"] * shortcut
+    return Case(f"conv_bn {i}->{o} {kernel}x{kernel}/{stride} {' '.join(words)}".strip(), dtype, ordinary, launch)
+
+
+def _scale_case(dtype: torch.dtype, i: int, o: int, kernel: int, ordinary: bool) -> Case:
+    launch = partial(
+        kernels("conv_bn").launch_conv_scale,
+        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype), 2, _meta(2, o), _meta(2, o), True, _map(o, 32, dtype)),
+        *(_meta(2, dtype=torch.int32), 1, _map(o, 32, dtype)),
+    )
+    return Case(f"conv_scale {i}->{o} {kernel}x{kernel}/1 added relu", dtype, ordinary, launch)
+
+
+def _pool_case(dtype: torch.dtype, channels: int, pool: str | None, shortcut: str, ordinary: bool) -> Case:
+    y = _map(channels, 32, dtype)
+    stats = _meta(2, 2, channels)
+    launch = partial(
+        kernels("bn_add_relu_pool").launch_bn_add_relu_pool,
+        *(y, stats, None if shortcut == "none" else y, stats if shortcut == "normed" else None),
+        *(y, _map(channels, 16, dtype) if pool else None, pool or "max"),
+    )
+    return Case(f"bn_add_relu_pool {channels} pool={pool} shortcut={shortcut}", dtype, ordinary, launch)
+
+
+def _head_case(dtype: torch.dtype, channels: int, classes: int, ordinary: bool) -> Case:
+    launch = partial(
+        kernels("head").launch_head,
+        *(_map(channels, 8, dtype), _meta(256, dtype=torch.int64), _meta(4, classes, channels), _meta(4, classes)),
+        *(2, _meta(2, dtype=torch.int32), _meta(2, dtype=torch.int64)),
+    )
+    return Case(f"head {channels}->{classes}", dtype, ordinary, launch)
+
+
+def _statistics_case(dtype: torch.dtype, channels: int, ordinary: bool) -> Case:
+    launch = partial(kernels("statistics").launch_batch_statistics, _map(channels, 32, dtype), 2, _meta(2, 2, channels))
+    return Case(f"batch_statistics {channels}", dtype, ordinary, launch)
+
+
+def cases() -> list[Case]:
+    """All cases; the ordinary ones, first, have every tuned configuration in its heaviest variant."""
+    found: list[Case] = []
+    for dtype in DTYPES:
+        for shortcut in (False, True):
+            for config in _configs(dtype, shortcut):  # as many input channels as the configuration takes at a time
+                i, o = max(config.block_n, config.block_k), config.block_n
+                found.append(_conv_case(dtype, i, o, 3, 1, True, shortcut, True))
+        found += [
+            _conv_case(dtype, 16, 16, 3, 1, True, False, True),
+            _conv_case(dtype, 3, 16, 3, 1, False, False, True),
+        ]
+        found += [_scale_case(dtype, 64, _configs(dtype, False)[-1].block_n, 3, True)]
+        found += [_statistics_case(dtype, 64, True), _pool_case(dtype, 64, "max", "normed", True)]
+        found += [_pool_case(dtype, 64, None, "normed", True), _head_case(dtype, 2048, 512, True)]
+        found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
+    for dtype in DTYPES:
+        for shortcut in (False, True):
+            for config in _configs(dtype, shortcut):
+                for i in (3, 64):
+                    for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+                        for stats in (False, True):
+                            found.append(_conv_case(dtype, i, config.block_n, kernel, stride, stats, shortcut, False))
+        found += [_scale_case(dtype, i, o, k, False) for i in (3, 16, 64) for o in (16, 32) for k in (1, 3)]
+        found += [_statistics_case(dtype, channels, False) for channels in (16, 32, 2048)]
+        for channels in (16, 32, 256):
+            for pool in (None, "max", "avg"):
+                found += [_pool_case(dtype, channels, pool, kind, False) for kind in ("none", "plain", "normed")]
+        found += [_head_case(dtype, channels, 10, False) for channels in (16, 512)]
+    unique: dict[str, Case] = {}
+    for case in found:
+        unique.setdefault(str(case), case)
+    return list(unique.values())
+
+
+def _configs(dtype: torch.dtype, shortcut: bool) -> tuple[Any, ...]:
+    return kernels("conv_bn").CONFIGS[dtype.itemsize, shortcut]
+
+
+def row(case: Case, architecture: int, usage: Usage) -> str:
+    spill = "spills" if usage.local or usage.stack else ""
+    return (
+        f"sm_{architecture:<4}{case!s:<52}{usage.kernel:<28}{usage.registers:>4} registers"
+        f"{usage.local:>6} local{usage.stack:>6} stack{usage.shared:>8} shared  {spill}"
+    ).rstrip()
+
+
+def may_spill(case: Case, architecture: int) -> bool:
+    """What is tuned for, bfloat16 on sm_90, may not; elsewhere a spill is listed."""
+    return architecture != 90 or case.dtype != torch.bfloat16
+
+
+def main() -> int:
+    failed = 0
+    for case in cases():
+        for launch in record(case.launch):
+            for architecture in ARCHITECTURES:
+                usage = compile_launch(launch, architecture)
+                print(row(case, architecture, usage), flush=True)
+                failed += bool(usage.local or usage.stack) and not may_spill(case, architecture)
+    print(f"{failed} kernels in bfloat16 for sm_90 spill" if failed else "no kernel in bfloat16 for sm_90 spills")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""Runs the tests of the Triton kernels in Triton's interpreter, where there is no GPU to run them on.
+
+TRITON_INTERPRET=1 has to be there before Triton is imported: hence processes of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from installation import REPOSITORY
+from stacked import HAS_TRITON, INTERPRETING
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (pip install 'bmsn[triton]')")
+@pytest.mark.skipif(INTERPRETING, reason="TRITON_INTERPRET=1: the tests themselves run")
+@pytest.mark.parametrize("module", ["test_conv_bn", "test_bn_add_relu_pool", "test_head"])
+def test_in_the_interpreter(module: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"tests/{module}.py"]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    environment.pop("BMSN_BACKEND", None)
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
