@@ -145,21 +145,32 @@ def _meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _weight(out_channels: int, in_channels: int, kernel: int, dtype: torch.dtype) -> Tensor:
-    return _meta(4, out_channels, kernel, kernel, in_channels, dtype=dtype).permute(0, 1, 4, 2, 3)
+def _weight(out_channels: int, in_channels: int, kernel: int, dtype: torch.dtype, apart: int = 0) -> Tensor:
+    """Four sets; `apart`: elements between one and the next, as in an arena. An odd number takes away all alignment."""
+    shape = (out_channels, kernel, kernel, in_channels)
+    rows = _meta(4, torch.Size(shape).numel() + apart, dtype=dtype)
+    return rows[:, : torch.Size(shape).numel()].unflatten(1, shape).permute(0, 1, 4, 2, 3)
 
 
 def _conv_case(
-    dtype: torch.dtype, i: int, o: int, kernel: int, stride: int, stats: bool, shortcut: bool, ordinary: bool
+    dtype: torch.dtype,
+    i: int,
+    o: int,
+    kernel: int,
+    stride: int,
+    stats: bool,
+    shortcut: bool,
+    ordinary: bool,
+    apart: int = 0,
 ) -> Case:
     out = [_map(o, 32 // stride, dtype), _meta(2, 2, o)]
     launch = partial(
         kernels("conv_bn").launch_conv_bn,
-        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype), 2, _meta(2, 2, i) if stats else None),
-        *(_meta(2, dtype=torch.int32), stride, _weight(o, i, 1, dtype) if shortcut else None),
+        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype, apart), 2, _meta(2, 2, i) if stats else None),
+        *(_meta(2, dtype=torch.int32), stride, _weight(o, i, 1, dtype, apart) if shortcut else None),
         *(out * 2 if shortcut else out),
     )
-    words = ["normed"] * stats + ["shortcut"] * shortcut
+    words = ["normed"] * stats + ["shortcut"] * shortcut + ["unaligned"] * (apart > 0)
     return Case(f"conv_bn {i}->{o} {kernel}x{kernel}/{stride} {' '.join(words)}".strip(), dtype, ordinary, launch)
 
 
@@ -216,6 +227,7 @@ def cases() -> list[Case]:
     for dtype in DTYPES:
         for shortcut in (False, True):
             for config in _configs(dtype, shortcut):
+                found.append(_conv_case(dtype, 64, config.block_n, 3, 1, True, shortcut, False, apart=7))
                 for i in (3, 64):
                     for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
                         for stats in (False, True):

@@ -62,12 +62,10 @@ def _head_kernel(
         logits = tl.dot(total / pixels, b, logits, input_precision="ieee")
     logits += tl.load(biases + k, mask=k < K, other=0.0)[None, :]
 
-    # torch.argmax: the first NaN if there is one, else the first maximum
+    # torch.argmax: the first NaN if there is one, else the first maximum (what pads the classes comes after all)
     nan = (logits != logits) & (k < K)[None, :]
     largest = tl.max(tl.where(nan | (k >= K)[None, :], float("-inf"), logits), axis=1)
-    hit = tl.where(
-        (tl.max(nan.to(tl.int32), axis=1) > 0)[:, None], nan, (logits == largest[:, None]) & (k < K)[None, :]
-    )
+    hit = tl.where((tl.max(nan.to(tl.int32), axis=1) > 0)[:, None], nan, logits == largest[:, None])
     predicted = tl.min(tl.where(hit, k[None, :], BLOCK_K), axis=1)
     label = tl.load(labels_ptr + image, mask=valid, other=-1)  # -1 is predicted for none
     correct = tl.sum((predicted == label).to(tl.int64), axis=0)
