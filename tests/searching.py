@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from bmsn.data import ImageDataset
+
 TESTS = Path(__file__).parent
 
 
@@ -19,6 +21,22 @@ def write_tiny_set(path: Path, num_images: int = 128, seed: int = 0) -> str:
     images = rng.integers(0, 120, (num_images, 8, 8, 3)) + 30 * labels[:, None, None, None]
     np.savez(path, train_images=images.astype(np.uint8), train_labels=labels.astype(np.int64))
     return f"npz:{path}"
+
+
+def tiny_images(num_train: int = 128, num_test: int = 36, seed: int = 0) -> ImageDataset:
+    """The same kind of images, with a test part."""
+    rng = np.random.default_rng(seed)
+    labels = np.arange(num_train + num_test) % 4
+    images = rng.integers(0, 120, (len(labels), 8, 8, 3)) + 30 * labels[:, None, None, None]
+    images = images.astype(np.uint8)
+    return ImageDataset(
+        name="tiny",
+        train_images=images[:num_train],
+        train_labels=labels[:num_train],
+        test_images=images[num_train:],
+        test_labels=labels[num_train:],
+        class_names=("0", "1", "2", "3"),
+    )
 
 
 def tiny_flags(spec: str, **changes: object) -> list[str]:

@@ -1,0 +1,153 @@
+"""The engine that trains one network alone: against a plain torch loop, its randomness, bad input."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import bmsn
+import bmsn.standalone
+from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table
+from bmsn.standalone import TrainingSettings, count_correct, initial_network, train_alone
+from global_state import unchanged
+from searching import tiny_images
+
+CPU = torch.device("cpu")
+SPACE = bmsn.SearchSpace.named("resnet14-cifar10", width=0.25)
+SETTINGS = TrainingSettings(epochs=3, batch_size=16, lr=0.1, min_lr=0.01, momentum=0.8, weight_decay=1e-2)
+
+
+@pytest.fixture(scope="module")
+def data() -> ImageDataset:
+    return tiny_images()
+
+
+def plain_loop(network, stream, settings, lr_of):
+    """The same training, written out: no momentum buffers of torch, no autocast, no schedule of ours."""
+    parameters = list(network.parameters())
+    velocity = [torch.zeros_like(p) for p in parameters]
+    for step in range(settings.epochs * stream.steps_per_epoch):
+        images, labels = stream.batch(step)
+        loss = F.cross_entropy(network(images), labels)
+        gradients = torch.autograd.grad(loss, parameters)
+        with torch.no_grad():
+            for p, v, g in zip(parameters, velocity, gradients, strict=True):
+                v.mul_(settings.momentum).add_(g + settings.weight_decay * p)
+                p.sub_(lr_of(step) * v)
+    return network.eval()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["all images", "some of them"])
+def test_weights_are_those_of_a_plain_loop(data, monkeypatch, half):
+    monkeypatch.setattr(bmsn.standalone, "compute_dtype", lambda device: torch.float32)
+    indices = np.arange(len(data.train_labels))[:: 2 if half else 1]
+    architecture = SPACE.find("3,2,2")
+    trained = train_alone(SPACE, architecture, data, SETTINGS, seed=7, device=CPU, indices=indices if half else None)
+
+    table = normalisation_table(*normalisation(data.train_images, indices))
+    stream = BatchStream(
+        data.train_images, data.train_labels, indices, table,
+        batch_size=16, dtype=torch.float32, seed=7, purpose="standalone", augment=True,
+    )  # fmt: skip
+    num_steps = 3 * (len(indices) // 16)
+    # torch's own schedule as the oracle of ours
+    dummy = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(dummy, num_steps, eta_min=0.01)
+    rates = []
+    for _ in range(num_steps):
+        rates.append(cosine.get_last_lr()[0])
+        dummy.step()
+        cosine.step()
+    network = initial_network(SPACE, architecture, data, 7).to(memory_format=torch.channels_last)
+    expected = plain_loop(network, stream, SETTINGS, rates.__getitem__)
+
+    for (name, value), (_, oracle) in zip(
+        trained.network.state_dict().items(), expected.state_dict().items(), strict=True
+    ):
+        torch.testing.assert_close(value, oracle, rtol=2e-4, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
+    images = table[torch.from_numpy(data.test_images).int(), torch.arange(3)].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        predicted = expected(images).argmax(1).numpy()
+    assert trained.total == len(data.test_labels) == 36
+    assert abs(trained.correct - (predicted == data.test_labels).sum()) <= 1  # a tie within rounding
+    assert trained.accuracy == 100 * trained.correct / 36
+
+
+def test_every_test_image_is_counted(data, monkeypatch):
+    """36 images in batches of 10: the last one is short."""
+    monkeypatch.setattr(bmsn.standalone, "_TEST_BATCH", 10)
+    seen = []
+
+    def network(images):
+        seen.append(len(images))
+        return F.one_hot(torch.full((len(images),), 2), 4)
+
+    table = torch.zeros(256, 3)
+    assert count_correct(network, data.test_images, data.test_labels, table, torch.float32, CPU) == 9
+    assert seen == [10, 10, 10, 6]
+
+
+def test_the_same_seed_gives_the_same_network_and_another_one_another(data):
+    def weights(seed):
+        return train_alone(SPACE, SPACE[0], data, SETTINGS, seed=seed, device=CPU).network.state_dict()
+
+    with unchanged():
+        first = weights(0)
+    again, other = weights(0), weights(1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["head.2.weight"], other["head.2.weight"])
+
+
+def test_it_learns_and_says_how_far_it_is(data):
+    shares: list[float] = []
+    settings = TrainingSettings(epochs=15, batch_size=16)
+    trained = train_alone(SPACE, SPACE.default, data, settings, seed=0, device=CPU, progress=shares.append)
+    assert trained.accuracy > 60  # chance is 25
+    assert shares == [25 / 120, 50 / 120, 75 / 120, 100 / 120, 1.0]
+
+
+def test_milestones_multiply_the_learning_rate(data, monkeypatch):
+    rates = []
+    step = torch.optim.SGD.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    settings = TrainingSettings(epochs=1, batch_size=16, milestones=(0.5, 0.75), factor=0.2)
+    train_alone(SPACE, SPACE[0], data, settings, seed=0, device=CPU)
+    np.testing.assert_allclose(rates, [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
+
+
+def test_a_loss_that_is_not_finite_stops_it(data):
+    with pytest.raises(
+        bmsn.RunStopped, match=r"\[1,1,5\], seed 3: the loss is not finite at step \d+ of \d+; a lower lr"
+    ):
+        settings = TrainingSettings(epochs=10, batch_size=16, lr=100.0, momentum=1.0, weight_decay=1.0)
+        train_alone(SPACE, SPACE[0], data, settings, seed=3, device=CPU)
+
+
+def test_bad_input(data):
+    for changes, message in [
+        (dict(epochs=0), "epochs must be in .1, 1000000.; got 0"),
+        (dict(batch_size=1), "batch_size must be in"),
+        (dict(lr=-1.0), "lr must be in"),
+        (dict(lr=0.1, min_lr=0.2), r"min_lr must be in \[0, 0.1\]; got 0.2"),
+        (dict(milestones=(0.5, 0.5)), "milestones must rise"),
+        (dict(milestones=(0.5, 1.0)), "milestones must rise"),
+        (dict(weight_decay=float("nan")), "weight_decay must be in"),
+    ]:
+        with pytest.raises(bmsn.InputError, match=message):
+            TrainingSettings(**changes)
+    foreign = bmsn.SearchSpace.named("resnet20-cifar10")[0]
+    with pytest.raises(bmsn.InputError, match="is not in resnet14-cifar10"):
+        train_alone(SPACE, foreign, data, SETTINGS, seed=0, device=CPU)
+    with pytest.raises(bmsn.InputError, match="batch_size must be in 2..128"):
+        train_alone(SPACE, SPACE[0], data, TrainingSettings(), seed=0, device=CPU)
+    large = bmsn.SearchSpace.named("resnet18-imagenet", width=0.1)
+    with pytest.raises(bmsn.InputError, match="images of 8 pixels; resnet18-imagenet needs a multiple of 32"):
+        train_alone(large, large[0], data, SETTINGS, seed=0, device=CPU)
+    empty = ImageDataset(
+        name="blind", train_images=data.train_images, train_labels=data.train_labels,
+        test_images=data.test_images[:0], test_labels=data.test_labels[:0], class_names=data.class_names,
+    )  # fmt: skip
+    with pytest.raises(bmsn.InputError, match="blind: has no test images"):
+        train_alone(SPACE, SPACE[0], empty, SETTINGS, seed=0, device=CPU)
