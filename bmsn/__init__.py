@@ -19,28 +19,38 @@ from bmsn.ops.balance import balance
 from bmsn.plan import EvaluationPlan
 from bmsn.racing import Race, race
 from bmsn.result import SearchResult
+from bmsn.retraining import RetrainConfig, run_retraining
 from bmsn.run import Interrupted, run_search
+from bmsn.scheduler import Resources
 from bmsn.space import Architecture, SearchSpace
+from bmsn.standalone import TrainingSettings
+from bmsn.truth import GroundTruthConfig, run_ground_truth
 
 __all__ = [
     "Architecture",
     "BalancedMixture",
     "EvaluationPlan",
+    "GroundTruthConfig",
     "ImageDataset",
     "InputError",
     "Interrupted",
     "Race",
+    "Resources",
+    "RetrainConfig",
     "RunStopped",
     "Scores",
     "SearchConfig",
     "SearchResult",
     "SearchSpace",
     "SupernetMixture",
+    "TrainingSettings",
     "backend_report",
     "balance",
     "build_network",
     "open_dataset",
     "race",
+    "run_ground_truth",
+    "run_retraining",
     "run_search",
     "score_architectures",
     "score_one_by_one",

@@ -1,7 +1,7 @@
 """Trains one architecture alone, from scratch: the engine of ground truth and of retraining.
 
-Source: Javan et al. 2023, section 3: SGD with momentum 0.9 and weight decay 1e-3, cosine learning rate, crop and flip. The
-test accuracy is that of the last epoch, on all test images: choosing the best epoch would fit the test set.
+Source: Javan et al. 2023, section 3: SGD with momentum 0.9 and weight decay 1e-3, cosine learning rate, crop and flip.
+The test accuracy is that of the last epoch, on all test images: choosing the best epoch would fit the test set.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def train_alone(
         data.train_images, data.train_labels, chosen, table,
         batch_size=settings.batch_size, dtype=dtype, seed=seed, purpose="standalone", augment=True,
     )  # fmt: skip
-    network = initial_network(space, architecture, data, seed).to(device, memory_format=torch.channels_last)
+    network = initial_network(space, architecture, data, seed).to(device)
     optimiser = torch.optim.SGD(
         network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
     )
@@ -160,8 +160,8 @@ def train_alone(
             loss = batch_loss.item()
             if not math.isfinite(loss):  # no step brings it back: the weights are NaN from then on
                 raise RunStopped(
-                    f"architecture {architecture}, seed {seed}: the loss is not finite at step {step + 1} of {num_steps}; "
-                    f"a lower lr may help (now {settings.lr})"
+                    f"architecture {architecture}, seed {seed}: the loss is not finite at step {step + 1} of "
+                    f"{num_steps}; a lower lr may help (now {settings.lr})"
                 )
             progress((step + 1) / num_steps)
     network.eval()
@@ -177,16 +177,18 @@ def check_data(space: SearchSpace, data: ImageDataset) -> None:
         raise InputError(f"data {data.name}: has no test images; a network alone is measured by its test accuracy")
     if data.image_size % space.total_stride:
         raise InputError(
-            f"data {data.name}: images of {data.image_size} pixels; {space.name} needs a multiple of {space.total_stride}"
+            f"data {data.name}: images of {data.image_size} pixels; "
+            f"{space.name} needs a multiple of {space.total_stride}"
         )
 
 
 def initial_network(space: SearchSpace, architecture: Architecture, data: ImageDataset, seed: int) -> nn.Module:
-    """The network of step 0, on the CPU; torch's random state is left as it was."""
+    """The network of step 0, on the CPU, channels_last; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed every GPU as well
         torch.default_generator.manual_seed(torch_seed(seed, f"standalone/weights/{architecture.slug}"))
-        return build_network(space, architecture, data.num_classes, data.in_channels)
+        network = build_network(space, architecture, data.num_classes, data.in_channels)
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's hints
 
 
 @torch.no_grad()

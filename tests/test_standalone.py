@@ -60,7 +60,7 @@ def test_weights_are_those_of_a_plain_loop(data, monkeypatch, half):
         rates.append(cosine.get_last_lr()[0])
         dummy.step()
         cosine.step()
-    network = initial_network(SPACE, architecture, data, 7).to(memory_format=torch.channels_last)
+    network = initial_network(SPACE, architecture, data, 7)
     expected = plain_loop(network, stream, SETTINGS, rates.__getitem__)
 
     for (name, value), (_, oracle) in zip(
@@ -118,10 +118,8 @@ def test_milestones_multiply_the_learning_rate(data, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_it(data):
-    with pytest.raises(
-        bmsn.RunStopped, match=r"\[1,1,5\], seed 3: the loss is not finite at step \d+ of \d+; a lower lr"
-    ):
-        settings = TrainingSettings(epochs=10, batch_size=16, lr=100.0, momentum=1.0, weight_decay=1.0)
+    settings = TrainingSettings(epochs=10, batch_size=16, lr=100.0, momentum=1.0, weight_decay=1.0)
+    with pytest.raises(bmsn.RunStopped, match=r"\[1,1,5\], seed 3: the loss is not finite at step \d+ of 80; a lower lr"):
         train_alone(SPACE, SPACE[0], data, settings, seed=3, device=CPU)
 
 
@@ -140,7 +138,7 @@ def test_bad_input(data):
     foreign = bmsn.SearchSpace.named("resnet20-cifar10")[0]
     with pytest.raises(bmsn.InputError, match="is not in resnet14-cifar10"):
         train_alone(SPACE, foreign, data, SETTINGS, seed=0, device=CPU)
-    with pytest.raises(bmsn.InputError, match="batch_size must be in 2..128"):
+    with pytest.raises(bmsn.InputError, match=r"batch_size must be in 2\.\.128"):
         train_alone(SPACE, SPACE[0], data, TrainingSettings(), seed=0, device=CPU)
     large = bmsn.SearchSpace.named("resnet18-imagenet", width=0.1)
     with pytest.raises(bmsn.InputError, match="images of 8 pixels; resnet18-imagenet needs a multiple of 32"):

@@ -1,0 +1,45 @@
+"""`python -m bmsn.ground_truth`: trains every architecture of a space alone; its table goes to stdout and the folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+
+import tyro
+
+from bmsn.command import run_command
+from bmsn.correlation import agreement
+from bmsn.scheduler import TaskProgress
+from bmsn.truth import GroundTruth, GroundTruthConfig, run_ground_truth
+
+PROGRAM = "python -m bmsn.ground_truth"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (the README lists them)."""
+
+    def run(should_stop: Callable[[], bool], progress: Callable[[TaskProgress], None]) -> tuple[str, Mapping[str, str]]:
+        config = tyro.cli(
+            tyro.conf.OmitArgPrefixes[GroundTruthConfig], prog=PROGRAM, args=arguments,
+            description="Train every architecture of a space alone: the truth that a search is measured against.",
+        )  # fmt: skip
+        truth = run_ground_truth(config, should_stop=should_stop, progress=progress)
+        return to_table(truth), truth.failed
+
+    return run_command(PROGRAM, run)
+
+
+def to_table(truth: GroundTruth) -> str:
+    """The table that the command prints: the best first, and how far MACs alone explain the order."""
+    rows = sorted(truth.rows, key=lambda row: -row.accuracy_mean)
+    lines = [f"{'architecture':<14}{'test accuracy %':>17}{'networks':>10}{'MACs':>8}"]
+    lines += [f"{row.architecture!s:<14}{row.accuracy_text:>17}{row.n:>10}{row.macs_ratio:>7.2f}x" for row in rows]
+    macs = {row.architecture.index: float(row.macs) for row in rows}
+    tau = agreement(macs, {row.architecture.index: row.accuracy_mean for row in rows}, macs)["kendall_tau_b"]
+    return "\n".join(
+        [*lines, "", f"tau-b of a ranking by MACs alone: {'not defined' if tau is None else f'{tau:.3f}'}"]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

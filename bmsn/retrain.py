@@ -1,0 +1,61 @@
+"""`python -m bmsn.retrain`: trains what a search found from scratch; its table goes to stdout and the run folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from bmsn.command import run_command
+from bmsn.retraining import RetrainConfig, Retraining, run_retraining
+from bmsn.scheduler import TaskProgress
+
+PROGRAM = "python -m bmsn.retrain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(RetrainConfig):
+    """Train what a search found from scratch, and the default architecture beside it.
+
+    Attributes:
+        run: folder of a finished search.
+    """
+
+    run: Annotated[Path, tyro.conf.Positional] = field()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code (the README lists them)."""
+
+    def run(should_stop: Callable[[], bool], progress: Callable[[TaskProgress], None]) -> tuple[str, Mapping[str, str]]:
+        config = tyro.cli(tyro.conf.OmitArgPrefixes[Command], prog=PROGRAM, args=arguments)
+        retraining = run_retraining(config, should_stop=should_stop, progress=progress)
+        return to_table(retraining), retraining.failed
+
+    return run_command(PROGRAM, run)
+
+
+def to_table(retraining: Retraining) -> str:
+    """The table that the command prints: the best first, with the distance to the default architecture."""
+    rows = sorted(retraining.rows, key=lambda row: -(row.alone.accuracy_mean or 0))
+    default = next(row.alone.accuracy_mean for row in rows if row.is_default)
+    lines = [
+        f"{'architecture':<14}{'test accuracy %':>17}{'to default':>12}{'networks':>10}{'MACs':>8}{'search rank':>13}"
+    ]
+    for row in rows:
+        alone, distance = row.alone, "-"
+        if not row.is_default and alone.accuracy_mean is not None and default is not None:
+            distance = f"{alone.accuracy_mean - default:+.2f}"
+        lines.append(
+            f"{alone.architecture!s:<14}{alone.accuracy_text:>17}{distance:>12}{alone.n:>10}"
+            f"{alone.macs_ratio:>7.2f}x{row.searched.rank:>13}{'  default' if row.is_default else ''}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""`run_retraining`: what a search found, trained from scratch, and the default architecture beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
+from bmsn.errors import InputError
+from bmsn.executors import run_tasks
+from bmsn.result import RankedArchitecture, SearchResult
+from bmsn.scheduler import Resources, TaskProgress
+from bmsn.space import Architecture, SearchSpace
+from bmsn.standalone import TrainingSettings
+from bmsn.tasks import Images
+from bmsn.truth import check_seeds, check_training, failures, make_task
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainConfig:
+    """Settings of a retraining.
+
+    Attributes:
+        run: folder of a finished search.
+        top: train the best K of its ranking.
+        architecture: train these, as 5,3,2, instead.
+        seeds: networks of each architecture, with seeds 0, 1, ...
+        training: how each network is trained, on the training and the validation half together.
+        resources: what they are trained on.
+    """
+
+    run: Path
+    top: int | None = None
+    architecture: tuple[str, ...] = ()
+    seeds: int = 3
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds, 0)
+        if (self.top is None) == (not self.architecture):
+            raise InputError(
+                f"one of top and architecture must be given; got top {self.top}, architecture {self.architecture}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RetrainedRow:
+    """Test accuracy of an architecture trained alone, and its place in the search."""
+
+    alone: AccuracyRow
+    searched: RankedArchitecture
+    is_default: bool
+
+    def as_dict(self) -> dict[str, str | int]:
+        """Cells of the CSV file by column."""
+        accuracy = self.searched.accuracy
+        return self.alone.as_dict() | {
+            "search_rank": self.searched.rank,
+            "search_accuracy": "" if accuracy is None else f"{100 * accuracy:.3f}",
+            "is_default": int(self.is_default),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retraining:
+    """What the networks reached: rows in the order of the search's ranking; `failed` as in `GroundTruth`."""
+
+    rows: tuple[RetrainedRow, ...]
+    failed: dict[str, str]
+
+
+def run_retraining(
+    config: RetrainConfig,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[TaskProgress], None] = lambda progress: None,
+) -> Retraining:
+    """Trains architectures of a finished search from scratch and writes `run`/retrain.csv.
+
+    Both halves of the training images are trained on: nothing is selected by them any more. The test accuracy is that
+    of the last epoch. Killed at any moment, the same call goes on; results of each network are in `run`/retrain.
+
+    Args:
+        config: settings.
+        should_stop: asked about once a second; True raises Interrupted.
+        progress: called about once a second.
+    Raises:
+        InputError: a run that is unfinished, of another schema or whose images have changed; settings that cannot be.
+        RunStopped, Interrupted: see `run_local`.
+    """
+    result = read_result(config.run)
+    space = SearchSpace.named(result.config["space"], pool=result.config["pool"])
+    chosen = _chosen(config, result, space)
+    images = Images(spec=result.config["data"], generator_seed=None, fingerprint=result.data["fingerprint"])
+    data = images.open(space)
+    check_training(space, data, config.training)
+    seeds = range(config.seeds)
+    tasks = [make_task(space, a, images, seed, config.training) for seed in seeds for a in chosen]
+    outcome = run_tasks(tasks, config.run / "retrain", config.resources, should_stop, progress)
+    searched = {row.architecture.index: row for row in result.ranking}
+    rows = [
+        RetrainedRow(alone=row, searched=searched[row.architecture.index], is_default=row.architecture == space.default)
+        for row in accuracy_rows(space, chosen, data, tasks, outcome)
+    ]
+    title = f"{space.name} trained alone on both halves of {images.spec}: " + describe(
+        seeds, config.training, outcome.results
+    )
+    columns = (*CSV_COLUMNS, "search_rank", "search_accuracy", "is_default")
+    write_csv(config.run / "retrain.csv", title, columns, [row.as_dict() for row in rows])
+    return Retraining(rows=tuple(rows), failed=failures(tasks, outcome))
+
+
+def read_result(run: Path) -> SearchResult:
+    """The result of a finished search. Raises InputError for a folder that holds none, or one of another schema."""
+    if not (run / "config.yaml").is_file():
+        raise InputError(f"{run}: holds no run of bmsn.search (it has no config.yaml)")
+    path = run / "result.json"
+    if not path.is_file():
+        raise InputError(
+            f"{run}: the search is not finished (it has no result.json): "
+            f"python -m bmsn.search --resume --out {run} goes on"
+        )
+    try:
+        return SearchResult.from_json(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+
+
+def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> list[Architecture]:
+    """What is trained, in the order of the ranking; always with the default architecture."""
+    ranked = [row.architecture for row in result.ranking]
+    if config.top is not None and not 1 <= config.top <= len(ranked):
+        raise InputError(f"top must be in [1, {len(ranked)}], the architectures of {space.name}; got {config.top}")
+    named = [space.find(text) for text in config.architecture] if config.top is None else ranked[: config.top]
+    return [architecture for architecture in ranked if architecture in (*named, space.default)]

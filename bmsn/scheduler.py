@@ -1,0 +1,273 @@
+"""Shares tasks out among processes of this machine, and does again what crashes or hangs."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from bmsn.errors import InputError, RunStopped
+from bmsn.run import Interrupted
+from bmsn.tasks import TOUCH_SECONDS, Task, TaskResult, TaskStore
+from bmsn.trainer import resolve_device
+from bmsn.worker import Worker
+
+_LOG = logging.getLogger("bmsn.tasks")
+
+ATTEMPTS = 3
+# A task without `timeout` hangs after this many times the median of those finished here: the dearest architecture of a
+# space costs about 7 times the cheapest.
+HANG_FACTOR, HANG_SECONDS = 15, 60
+_POLL_SECONDS = 1  # between looks at the clock, and at what other machines have finished
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What tasks are trained on; changes no result, but for rounding.
+
+    Attributes:
+        workers: processes; GPUs are given to them in turn, CPU cores are divided among them. With submitit: jobs.
+        device: where to compute; auto: CUDA where there is a GPU.
+        timeout: seconds that one network may take before it counts as hanging; None: 15 times the median of those
+            finished so far, at least a minute (none, until one is finished).
+        executor: processes on this machine, or jobs of a Slurm cluster.
+        slurm: what submitit is told about the jobs, as timeout_min=600,gpus_per_node=1,slurm_partition=long.
+    """
+
+    workers: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    timeout: float | None = None
+    executor: Literal["local", "submitit"] = "local"
+    slurm: str = ""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.workers <= 4096:
+            raise InputError(f"workers must be in [1, 4096]; got {self.workers}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise InputError(f"timeout must be above 0 seconds; got {self.timeout}")
+        if self.slurm and self.executor != "submitit":
+            raise InputError(f"slurm is for executor submitit; the executor is {self.executor}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskProgress:
+    """How far all tasks are, those of other machines included.
+
+    Attributes:
+        finished, failed, total: numbers of tasks.
+        seconds_left: at the speed so far; None: nothing to tell from yet.
+    """
+
+    finished: int
+    failed: int
+    total: int
+    seconds_left: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Results by task name, and for each task without one the reason."""
+
+    results: dict[str, TaskResult]
+    failed: dict[str, str]
+
+
+class Tally:
+    """What is finished, and how long the rest takes at the speed so far; networks cost in proportion to their MACs."""
+
+    def __init__(self, tasks: Sequence[Task], store: TaskStore) -> None:
+        self.tasks, self.results = tasks, {t.name: r for t in tasks if (r := store.result(t)) is not None}
+        self._macs = sum(task.macs for task in tasks)
+        self._done = self._done_before = sum(task.macs for task in tasks if task.name in self.results)
+        self._started = time.monotonic()
+
+    @property
+    def missing(self) -> list[Task]:
+        return [task for task in self.tasks if task.name not in self.results]
+
+    def add(self, task: Task, result: TaskResult) -> None:
+        self.results[task.name] = result
+        self._done += task.macs
+        _LOG.info(
+            "%d of %d: %s: %.2f %%, %.0f s",
+            len(self.results), len(self.tasks), task.label, result.accuracy, result.seconds,
+        )  # fmt: skip
+
+    def progress(self, failed: int = 0, macs_under_way: float = 0.0) -> TaskProgress:
+        here = self._done - self._done_before + macs_under_way
+        left = self._macs - self._done - macs_under_way
+        seconds_left = left * (time.monotonic() - self._started) / here if here else None
+        return TaskProgress(finished=len(self.results), failed=failed, total=len(self.tasks), seconds_left=seconds_left)
+
+
+def run_local(
+    tasks: Sequence[Task],
+    folder: Path,
+    resources: Resources,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[TaskProgress], None] = lambda progress: None,
+) -> Outcome:
+    """Does what is not done yet in processes of this machine, and waits for what other machines have under way.
+
+    A task whose process crashes, raises or hangs is tried twice more. A script that calls this needs the usual
+    `if __name__ == "__main__":`, as its processes import it.
+
+    Args:
+        tasks: in the order in which they are begun.
+        folder: of the `TaskStore`.
+        resources: processes, device, time limit.
+        should_stop: asked about once a second; True ends the processes and raises Interrupted.
+        progress: called about once a second.
+    Raises:
+        InputError: the folder, the device, or images that a process finds to be others.
+        RunStopped: processes cannot be started.
+        Interrupted: `should_stop` said so; what is finished is kept.
+    """
+    device = resolve_device(resources.device).type
+    store = TaskStore(folder)
+    scheduler = _Scheduler(tasks, store, resources, device)
+    try:
+        while not scheduler.is_done:
+            if should_stop():
+                raise Interrupted(
+                    f"interrupted with {len(scheduler.tally.results)} of {len(tasks)} networks trained; "
+                    "the same command goes on"
+                )
+            scheduler.advance()
+            progress(scheduler.progress())
+    finally:
+        scheduler.close()
+    return scheduler.outcome()
+
+
+class _Scheduler:
+    """Hands tasks to workers, listens to them, replaces those that fail."""
+
+    def __init__(self, tasks: Sequence[Task], store: TaskStore, resources: Resources, device: str) -> None:
+        self.store, self.timeout, self.tally = store, resources.timeout, Tally(tasks, store)
+        self.queue = self.tally.missing
+        self.failed: dict[str, str] = {}
+        self.attempts: Counter[str] = Counter()
+        self.seconds: list[float] = []  # of tasks finished here
+        self.touched = time.monotonic()
+        places = min(resources.workers, len(self.queue))
+        threads = max(1, torch.get_num_threads() // max(1, places))
+        gpus = torch.cuda.device_count() if device == "cuda" else 0
+        self.workers = [Worker(f"cuda:{n % gpus}" if gpus else "cpu", threads) for n in range(places)]
+
+    @property
+    def is_done(self) -> bool:
+        return not self.queue and all(worker.task is None for worker in self.workers)
+
+    def progress(self) -> TaskProgress:
+        under_way = sum(worker.share * worker.task.macs for worker in self.workers if worker.task is not None)
+        return self.tally.progress(len(self.failed), under_way)
+
+    def outcome(self) -> Outcome:
+        for task in self.tally.missing:
+            if (result := self.store.result(task)) is not None:  # another machine had more luck
+                self.tally.add(task, result)
+                del self.failed[task.name]
+        return Outcome(results=self.tally.results, failed=self.failed)
+
+    def advance(self) -> None:
+        """One round: hand out, wait for a message or a second, see to what came and to what did not."""
+        for worker in self.workers:
+            if worker.task is None and (task := self._claim_next()) is not None:
+                worker.begin(task)
+        ready = wait([worker.connection for worker in self.workers if worker.connection is not None], _POLL_SECONDS)
+        for worker in self.workers:
+            if worker.connection in ready:
+                self._listen(worker)
+        now = time.monotonic()
+        limit = time_limit(self.timeout, self.seconds)
+        for worker in self.workers:
+            if worker.task is not None and now - worker.since > limit:
+                self._fail(worker, f"hung: no result after {limit:.0f} s")
+        if now - self.touched > TOUCH_SECONDS:
+            self.store.touch(worker.task for worker in self.workers if worker.task is not None)
+            self.touched = now
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
+            if worker.task is not None:
+                self.store.release(worker.task)
+
+    def _claim_next(self) -> Task | None:
+        """The first task that nobody has; those found finished by others are entered on the way."""
+        for task in list(self.queue):
+            claimed = self.store.claim(task)
+            result = self.store.result(task)
+            if claimed and result is None:
+                self.queue.remove(task)
+                return task
+            if claimed:
+                self.store.release(task)
+            if result is not None:
+                self.queue.remove(task)
+                self.tally.add(task, result)
+        return None
+
+    def _listen(self, worker: Worker) -> None:
+        task = worker.task
+        try:
+            kind, content = worker.receive()
+        except EOFError as end:
+            reason = str(end)
+            if not worker.is_ready:
+                raise RunStopped(
+                    f"{reason} before it could begin; a script that trains networks needs "
+                    "`if __name__ == '__main__':` around what it does"
+                ) from None
+            self._fail(worker, reason)
+            return
+        match kind:
+            case "ready":
+                worker.is_ready, worker.since = True, time.monotonic()
+            case "share":
+                worker.share = content
+            case "done":
+                assert task is not None
+                self.seconds.append(time.monotonic() - worker.since)
+                self.store.write(task, content)
+                self.store.release(task)
+                self.tally.add(task, content)
+                worker.task = None
+            case "input":
+                raise InputError(content)
+            case "stopped":  # it would stop there again
+                self._fail(worker, content, final=True)
+            case "error":
+                self._fail(worker, content)
+
+    def _fail(self, worker: Worker, reason: str, *, final: bool = False) -> None:
+        """Puts the task back, or gives it up, and ends the process: it may be in any state."""
+        task, worker.task = worker.task, None
+        worker.stop()
+        if task is None:
+            return
+        self.store.release(task)
+        self.attempts[task.name] += 1
+        attempt = self.attempts[task.name]
+        _LOG.warning("%s: attempt %d of %d failed: %s", task.label, attempt, ATTEMPTS, reason)
+        if final or attempt == ATTEMPTS:
+            self.failed[task.name] = reason
+        else:
+            self.queue.append(task)
+
+
+def time_limit(timeout: float | None, seconds: Sequence[float]) -> float:
+    """Seconds after which a task counts as hanging, from those that finished ones took."""
+    if timeout is not None:
+        return timeout
+    return max(HANG_SECONDS, HANG_FACTOR * statistics.median(seconds)) if seconds else math.inf

@@ -1,0 +1,140 @@
+"""`run_ground_truth`: every architecture of a space trained alone, and the table that a search is measured against."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
+from bmsn.config import SearchConfig
+from bmsn.data import ImageDataset
+from bmsn.data.readers import split_spec
+from bmsn.errors import InputError
+from bmsn.executors import run_tasks
+from bmsn.scheduler import Outcome, Resources, TaskProgress
+from bmsn.space import Architecture, PoolKind, SearchSpace
+from bmsn.standalone import TrainingSettings, check_data
+from bmsn.tasks import Images, Task, open_images
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruthConfig:
+    """Settings of a ground truth.
+
+    Attributes:
+        space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
+        data: images as scheme:path. Of synthetic data each seed has images of its own: the truth is about the kind of
+            images, not about one draw of them.
+        pool: how a layer downsamples; None: as the space says.
+        seeds: networks of each architecture, with seeds of their own.
+        first_seed: the smallest of the seeds.
+        out: folder; other processes and machines may work in the same one.
+        training: how each network is trained, on all training images.
+        resources: what they are trained on.
+    """
+
+    space: str | None = None
+    data: str = "synthetic"
+    pool: PoolKind | None = None
+    seeds: int = 3
+    first_seed: int = 0
+    out: Path
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds, self.first_seed)
+
+
+def check_seeds(seeds: int, first_seed: int) -> None:
+    """Raise InputError unless there are such seeds."""
+    if not 1 <= seeds <= 10_000:
+        raise InputError(f"seeds must be in [1, 10000]; got {seeds}")
+    if not 0 <= first_seed <= 2**62:
+        raise InputError(f"first_seed must be in [0, 2^62]; got {first_seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """What the networks reached.
+
+    Attributes:
+        rows: one an architecture, in the space's order; those of which no network could be trained have none.
+        failed: for each network that could not be trained, as "[4,3,3] seed 0", the reason.
+    """
+
+    rows: tuple[AccuracyRow, ...]
+    failed: dict[str, str]
+
+
+def run_ground_truth(
+    config: GroundTruthConfig,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[TaskProgress], None] = lambda progress: None,
+) -> GroundTruth:
+    """Trains every architecture alone and writes `out`/ground_truth.csv, which a search reads with `truth`.
+
+    Killed at any moment, the same call goes on; several processes and machines may make the same call with the same
+    folder. The results of each network are in `out`/tasks.
+
+    Source: Javan et al. 2023, section 3.1 and table 6.
+
+    Args:
+        config: settings.
+        should_stop: asked about once a second; True raises Interrupted.
+        progress: called about once a second.
+    Raises:
+        InputError: settings, data or folder that cannot be used.
+        RunStopped, Interrupted: see `run_local`.
+    """
+    space = SearchSpace.named(SearchConfig(space=config.space, data=config.data).filled().space, pool=config.pool)
+    tasks: list[Task] = []
+    synthetic = split_spec(config.data)[0] == "synthetic"
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    data: ImageDataset | None = None
+    for seed in seeds:
+        if data is None or synthetic:
+            generator_seed = seed if synthetic else None
+            data = open_images(config.data, generator_seed, space)
+            check_training(space, data, config.training)
+            images = Images(spec=config.data, generator_seed=generator_seed, fingerprint=data.fingerprint)
+        # The dearest first: the last to finish are then cheap ones, and no worker waits long for another.
+        for architecture in sorted(space, key=space.macs, reverse=True):
+            tasks.append(make_task(space, architecture, images, seed, config.training))
+    assert data is not None
+    outcome = run_tasks(tasks, config.out / "tasks", config.resources, should_stop, progress)
+    truth = GroundTruth(
+        rows=tuple(row for row in accuracy_rows(space, space, data, tasks, outcome) if row.n),
+        failed=failures(tasks, outcome),
+    )
+    title = f"{space.name} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
+    write_csv(config.out / "ground_truth.csv", title, CSV_COLUMNS, [row.as_dict() for row in truth.rows])
+    return truth
+
+
+# What retraining has in common with it. -------------------------------------------------------------------------------
+
+
+def check_training(space: SearchSpace, data: ImageDataset, training: TrainingSettings) -> None:
+    """Raise InputError for what every network would stop at: found before the first one is begun."""
+    check_data(space, data)
+    if training.batch_size > len(data.train_labels):
+        raise InputError(
+            f"batch_size must be in 2..{len(data.train_labels)}, the number of training images; "
+            f"got {training.batch_size}"
+        )
+
+
+def make_task(
+    space: SearchSpace, architecture: Architecture, images: Images, seed: int, training: TrainingSettings
+) -> Task:
+    return Task(
+        space=space.name, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training
+    )
+
+
+def failures(tasks: Sequence[Task], outcome: Outcome) -> dict[str, str]:
+    """Reasons by the tasks' labels, in the tasks' order."""
+    return {task.label: outcome.failed[task.name] for task in tasks if task.name in outcome.failed}

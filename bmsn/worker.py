@@ -1,0 +1,138 @@
+"""A process that trains one network after the other, so that one that crashes or hangs takes nothing with it.
+
+It is spawned, never forked (OpenMP), has a device and its share of the cores, and keeps the images that it has opened.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import multiprocessing
+import signal
+import time
+import traceback
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import torch
+
+from bmsn.checkpoint import environment
+from bmsn.data import ImageDataset
+from bmsn.errors import InputError, RunStopped
+from bmsn.memory import keep_freed_memory
+from bmsn.standalone import train_alone
+from bmsn.tasks import Images, Task, TaskResult
+
+
+class Worker:
+    """One process as its parent sees it. It is started with its first task, and anew with the next one after `stop`.
+
+    Attributes:
+        connection: where its messages come from; None: it does not run.
+        task: what it trains; None: nothing.
+        share: of the task that is done, in [0, 1].
+        since: `time.monotonic()` when it began the task; infinite while the process is starting.
+        is_ready: whether it has started.
+
+    Args:
+        device: as torch names it, "cuda:1".
+        threads: of torch's operations.
+    """
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._device, self._threads = device, threads
+        self._process: BaseProcess | None = None
+        self.connection: Connection | None = None
+        self.task: Task | None = None
+        self.share, self.since, self.is_ready = 0.0, math.inf, False
+
+    def begin(self, task: Task) -> None:
+        if self.connection is None:
+            context = multiprocessing.get_context("spawn")
+            self.connection, theirs = context.Pipe()
+            arguments = (theirs, self._device, self._threads)
+            self._process = context.Process(target=_serve, args=arguments, daemon=True)
+            self._process.start()
+            theirs.close()  # so that reading ends when the process does
+            self.is_ready = False
+        self.task, self.share = task, 0.0
+        self.since = time.monotonic() if self.is_ready else math.inf
+        with contextlib.suppress(OSError):  # it has just ended: `receive` says so
+            self.connection.send(task)
+
+    def receive(self) -> tuple[str, Any]:
+        """The next message: its kind and content.
+
+        ready: None. share: of the task. done: a `TaskResult`. input, stopped, error: a text; see `_train`.
+
+        Raises:
+            EOFError: the process has ended; the message says how.
+        """
+        assert self.connection is not None
+        assert self._process is not None
+        try:
+            return self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join()
+            raise EOFError(f"the process ended with exit code {self._process.exitcode}") from None
+
+    def stop(self) -> None:
+        """Ends the process at once; the task stays noted."""
+        if self.connection is not None and self._process is not None:
+            self._process.kill()
+            self._process.join()
+            self.connection.close()
+        self.connection = self._process = None
+
+
+def _serve(connection: Connection, device_name: str, threads: int) -> None:
+    """The life of a worker: reads tasks until the parent closes the pipe or is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends it
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    device, opened = torch.device(device_name), _Opened()
+    here = environment(device_name)
+    where = {"device": here["cuda_device"] or f"{here['cpu_model']}, {threads} threads", "torch": here["torch"]}
+    try:
+        connection.send(("ready", None))
+        while True:
+            connection.send(_train(connection.recv(), device, opened, where, connection))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is gone
+
+
+class _Opened:
+    """The images that were opened last: tasks come in an order that needs the same ones again."""
+
+    def __init__(self) -> None:
+        self.images: Images | None = None
+        self.data: ImageDataset | None = None
+
+
+def _train(
+    task: Task, device: torch.device, opened: _Opened, where: dict[str, str], connection: Connection
+) -> tuple[str, Any]:
+    """The message that answers a task: done, input (bad input), stopped (would stop there again) or error."""
+    space, architecture = task.opened_space()
+    try:
+        if opened.images != task.images:
+            opened.data = opened.images = None  # before the next ones are read
+            opened.data, opened.images = task.images.open(space), task.images
+        assert opened.data is not None
+        trained = train_alone(
+            space, architecture, opened.data, task.settings, seed=task.seed, device=device,
+            progress=lambda share: connection.send(("share", share)),
+        )  # fmt: skip
+    except InputError as error:
+        return "input", str(error)
+    except RunStopped as error:
+        return "stopped", str(error)
+    except (BrokenPipeError, ConnectionResetError):
+        raise
+    except Exception:
+        return "error", traceback.format_exc()
+    result = TaskResult(
+        correct=trained.correct, total=trained.total, loss=trained.loss, seconds=trained.seconds, **where
+    )
+    return "done", result
