@@ -1,4 +1,4 @@
-"""What the commands that train networks alone have in common: exit codes, signals, and the line of progress."""
+"""What the commands that train networks alone have in common: exit codes, signals, and lines of progress."""
 
 from __future__ import annotations
 
@@ -14,30 +14,24 @@ from bmsn.runfolder import SignalFlag
 from bmsn.scheduler import TaskProgress
 
 EXIT_INPUT, EXIT_STOPPED, EXIT_STDOUT_CLOSED = 2, 3, 141
+_LINE_SECONDS = 30  # from one line of progress to the next
 
 
-class ProgressLine:
-    """Shows how far all tasks are on stderr: one line rewritten on a terminal, a line every 30 s elsewhere."""
+class ProgressLines:
+    """Shows how far all tasks are on stderr, every 30 s; each network that is finished has a line besides."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = 0.0
-        self._started = time.monotonic()
+        self._started = self._shown = time.monotonic()
 
     def __call__(self, progress: TaskProgress) -> None:
         now = time.monotonic()
-        if now - self._shown < (0 if self._terminal else 30):
+        if now - self._shown < _LINE_SECONDS:
             return
         self._shown = now
         failed = f", {progress.failed} failed" if progress.failed else ""
-        left = "" if progress.seconds_left is None else f"  left {_clock(progress.seconds_left)}"
-        line = f"{progress.finished} of {progress.total} networks{failed}  {_clock(now - self._started)}{left}"
-        print(
-            f"\r\x1b[K{line}" if self._terminal else line,
-            end="" if self._terminal else "\n",
-            file=sys.stderr,
-            flush=True,
-        )
+        left = "" if progress.seconds_left is None else f", left {_clock(progress.seconds_left)}"
+        line = f"{progress.finished} of {progress.total} networks{failed}; took {_clock(now - self._started)}{left}"
+        print(line, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -59,7 +53,7 @@ def run_command(
     signals = SignalFlag()
     try:
         with signals:
-            text, failed = run(lambda: signals.signal_number is not None, ProgressLine())
+            text, failed = run(lambda: signals.signal_number is not None, ProgressLines())
         print(text)
         sys.stdout.flush()
     except Interrupted as stopped:

@@ -1,4 +1,4 @@
-"""`python -m bmsn.ground_truth`: trains every architecture of a space alone; its table goes to stdout and the folder."""
+"""`python -m bmsn.ground_truth`: trains every architecture of a space alone; table to stdout and folder."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def to_table(truth: GroundTruth) -> str:
     """The table that the command prints: the best first, and how far MACs alone explain the order."""
-    rows = sorted(truth.rows, key=lambda row: -row.accuracy_mean)
+    accuracy = {row.architecture.index: row.accuracy_mean for row in truth.rows if row.accuracy_mean is not None}
+    rows = sorted(truth.rows, key=lambda row: -accuracy[row.architecture.index])
     lines = [f"{'architecture':<14}{'test accuracy %':>17}{'networks':>10}{'MACs':>8}"]
     lines += [f"{row.architecture!s:<14}{row.accuracy_text:>17}{row.n:>10}{row.macs_ratio:>7.2f}x" for row in rows]
     macs = {row.architecture.index: float(row.macs) for row in rows}
-    tau = agreement(macs, {row.architecture.index: row.accuracy_mean for row in rows}, macs)["kendall_tau_b"]
-    return "\n".join(
-        [*lines, "", f"tau-b of a ranking by MACs alone: {'not defined' if tau is None else f'{tau:.3f}'}"]
-    )
+    tau = agreement(macs, accuracy, macs)["kendall_tau_b"]
+    by_macs = "not defined, as one of them is constant" if tau is None else f"{tau:.3f}"
+    return "\n".join([*lines, "", f"tau-b of a ranking by MACs alone: {by_macs}"])
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
     keep_freed_memory()
     device, opened = torch.device(device_name), _Opened()
     here = environment(device_name)
-    where = {"device": here["cuda_device"] or f"{here['cpu_model']}, {threads} threads", "torch": here["torch"]}
+    where = {"device": here["cuda_device"] or f"{here['cpu_model']}, threads: {threads}", "torch": here["torch"]}
     try:
         connection.send(("ready", None))
         while True:
