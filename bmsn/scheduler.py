@@ -177,6 +177,7 @@ class _Scheduler:
             if (result := self.store.result(task)) is not None:  # another machine had more luck
                 self.tally.add(task, result)
                 del self.failed[task.name]
+        self.store.remove_claims_of_the_dead(self.tally.tasks)
         return Outcome(results=self.tally.results, failed=self.failed)
 
     def advance(self) -> None:

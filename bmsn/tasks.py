@@ -211,6 +211,13 @@ class TaskStore:
             if _read_owner(path).get("token") == _OWNER["token"]:
                 path.unlink(missing_ok=True)
 
+    def remove_claims_of_the_dead(self, tasks: Iterable[Task]) -> None:
+        """Removes what a process left that was killed after it had written a result and before its claim was gone."""
+        left = {path.stem for path in self.folder.glob("*.claim")}
+        for task in tasks:
+            if task.name in left and self.claim(task):
+                self.release(task)
+
     def _abandoned(self, path: Path) -> bool:
         try:
             age = self._now() - path.stat().st_mtime

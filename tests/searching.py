@@ -39,6 +39,14 @@ def tiny_images(num_train: int = 128, num_test: int = 36, seed: int = 0) -> Imag
     )
 
 
+def write_tiny_images(path: Path, **changes: int) -> str:
+    """`tiny_images` as an npz file; returns its spec."""
+    data = tiny_images(**changes)
+    arrays = ("train_images", "train_labels", "test_images", "test_labels")
+    np.savez(path, **{name: getattr(data, name) for name in arrays})
+    return f"npz:{path}"
+
+
 def tiny_flags(spec: str, **changes: object) -> list[str]:
     """Flags of a search of 8 steps (2 epochs of 4) on the tiny set."""
     settings: dict[str, object] = dict(
