@@ -97,7 +97,9 @@ def test_a_claim_that_nobody_touches_is_taken_over_in_time(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "content", [b'{"key": ', b"[]", b'{"key": {}, "result": {}}', b"\xff\xfe"], ids=["cut", "list", "foreign", "bytes"]
+    "content",
+    [b'{"key": ', b"[]", b"\xff\xfe", json.dumps({"key": {}, "result": dataclasses.asdict(RESULT)}).encode()],
+    ids=["cut", "list", "bytes", "another task's"],
 )
 def test_a_damaged_result_is_said_and_done_again(tmp_path, caplog, content):
     store = TaskStore(tmp_path)
