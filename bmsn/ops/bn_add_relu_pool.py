@@ -90,7 +90,7 @@ def bn_add_relu_pool(
 def normalise(x: Tensor, stats: Tensor) -> Tensor:
     """(x - mean) * rstd in the dtype of `stats` (2, G, C); the reference of every op that applies statistics."""
     mean, rstd = (per_image(t, len(x)) for t in stats)
-    return (x.to(stats.dtype) - mean) * rstd
+    return (x.to(stats.dtype) - mean).mul_(rstd)
 
 
 def per_image(values: Tensor, num_images: int) -> Tensor:
@@ -103,8 +103,8 @@ def bn_add_relu_reference(
 ) -> Tensor:
     z = normalise(y, stats)
     if shortcut is not None:
-        z = z + (shortcut if shortcut_stats is None else normalise(shortcut, shortcut_stats))
-    return z.relu().to(y.dtype)
+        z += shortcut if shortcut_stats is None else normalise(shortcut, shortcut_stats)
+    return z.relu_().to(y.dtype)
 
 
 @torch.library.impl("bmsn::bn_add_relu_pool", "CompositeExplicitAutograd")

@@ -204,9 +204,13 @@ def conv_scale_reference(
 
 def batch_statistics_reference(x: Tensor, num_groups: int) -> Tensor:
     stats = _empty_stats(x, num_groups, x.shape[1])
+    ones, zeros = stats.new_ones(x.shape[1]), stats.new_zeros(x.shape[1])  # their dtype is that of torch's statistics
     for g, group in enumerate(x.chunk(num_groups)):
-        variance, mean = torch.var_mean(group.to(stats.dtype), (0, 2, 3), correction=0)
-        stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
+        if x.dtype == torch.bfloat16:  # torch's own sums, which cancel in float32: twice as fast
+            _, stats[0, g], stats[1, g] = torch.native_batch_norm(group, ones, zeros, None, None, True, 0.0, EPS)
+        else:
+            variance, mean = torch.var_mean(group, (0, 2, 3), correction=0)
+            stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
     return stats
 
 
