@@ -37,6 +37,10 @@ class ResolutionPath:
         return tuple(after - before for before, after in zip((0, *self.resolutions), self.resolutions, strict=False))
 
 
+# What a search finds and a network alone is trained for.
+Candidate = Architecture | ResolutionPath
+
+
 def num_resolutions(space: SearchSpace) -> int:
     """R: those that the space's architectures reach."""
     return space.num_pools + 1
@@ -63,6 +67,11 @@ def path_architecture(space: SearchSpace, path: ResolutionPath) -> Architecture 
     return space.find(depths)
 
 
+def as_path(space: SearchSpace, candidate: Candidate) -> ResolutionPath:
+    """A path as it is, an architecture as its path."""
+    return candidate if isinstance(candidate, ResolutionPath) else architecture_path(space, candidate)
+
+
 def path_by_index(space: SearchSpace, index: int) -> ResolutionPath:
     """The path at `index` in 0..num_paths-1, in lexicographic order of the resolutions."""
     if not 0 <= index < num_paths(space):
@@ -81,6 +90,14 @@ def parse_path(space: SearchSpace, text: str) -> ResolutionPath:
     path = ResolutionPath(tuple(int(number) for number in re.findall(r"\d+", text)))
     check_path(space, path)
     return path
+
+
+def find_candidate(space: SearchSpace, text: str) -> Candidate:
+    """What `4-3-3` or `0-0-1-2-1` names: stage depths never begin with 0. The path of an architecture is that one."""
+    if not text.strip().startswith("0"):
+        return space.find(text)
+    path = parse_path(space, text)
+    return path_architecture(space, path) or path
 
 
 def check_path(space: SearchSpace, path: ResolutionPath) -> None:

@@ -20,9 +20,9 @@ from bmsn.config import Procedure
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, normalise
 from bmsn.errors import InputError, RunStopped
 from bmsn.network import build_path_network
-from bmsn.paths import ResolutionPath, architecture_path, check_path
+from bmsn.paths import Candidate, as_path, check_path
 from bmsn.rng import torch_seed
-from bmsn.space import Architecture, SearchSpace
+from bmsn.space import SearchSpace
 from bmsn.trainer import compute_dtype, learning_rate
 
 CHECK_EVERY = 25  # steps from one look at the loss to the next: on a GPU each look waits for all work before it
@@ -104,7 +104,7 @@ class TrainedNetwork:
 
 def train_alone(
     space: SearchSpace,
-    architecture: Architecture | ResolutionPath,
+    architecture: Candidate,
     data: ImageDataset,
     settings: TrainingSettings,
     *,
@@ -132,7 +132,7 @@ def train_alone(
         InputError: settings, space and data that do not fit, or no test images.
         RunStopped: the loss is not finite.
     """
-    check_path(space, _path(space, architecture))
+    check_path(space, as_path(space, architecture))
     check_data(space, data)
     started = time.perf_counter()
     dtype = compute_dtype(device)
@@ -183,19 +183,13 @@ def check_data(space: SearchSpace, data: ImageDataset) -> None:
         )
 
 
-def initial_network(
-    space: SearchSpace, architecture: Architecture | ResolutionPath, data: ImageDataset, seed: int
-) -> nn.Module:
+def initial_network(space: SearchSpace, architecture: Candidate, data: ImageDataset, seed: int) -> nn.Module:
     """The network of step 0, on the CPU, channels_last; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed every GPU as well
         torch.default_generator.manual_seed(torch_seed(seed, f"standalone/weights/{architecture.slug}"))
-        network = build_path_network(space, _path(space, architecture), data.num_classes, data.in_channels)
+        network = build_path_network(space, as_path(space, architecture), data.num_classes, data.in_channels)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's hints
-
-
-def _path(space: SearchSpace, architecture: Architecture | ResolutionPath) -> ResolutionPath:
-    return architecture if isinstance(architecture, ResolutionPath) else architecture_path(space, architecture)
 
 
 @torch.no_grad()
