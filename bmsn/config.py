@@ -57,6 +57,7 @@ class SearchConfig:
         schedule: 1/tau linear from 1 to 100 (inverse), or tau linear from 1 to 1/(100 M) (temperature).
         balance_every: steps from one balancing to the next, or "epoch".
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
+        alpha_lr: learning rate of alpha in darts and gaea; None: the method's own.
         pool: how a layer downsamples; None: as the space says.
         device: where to compute; auto: CUDA where there is a GPU.
         seed: of everything random.
@@ -89,6 +90,7 @@ class SearchConfig:
     schedule: Literal["inverse", "temperature"] | None = None
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
+    alpha_lr: float | None = None
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -116,6 +118,7 @@ class SearchConfig:
             "momentum": (0, 1),
             "weight_decay": (0, 1),
             "refresh_every": (0, 10**9),
+            "alpha_lr": (1e-9, 100),
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
             "evaluate_top": (0, 10**9),

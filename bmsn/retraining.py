@@ -24,7 +24,7 @@ class RetrainConfig:
 
     Attributes:
         run: folder of a finished search.
-        top: train the best K of its ranking.
+        top: train the best K of its ranking, and the path of resolutions where its method found one.
         architecture: train these instead, as 5,3,2 or as a path of resolutions, one a layer: 0-0-1-2-1 and so on.
         seeds: networks of each architecture, with seeds 0, 1, ...
         training: how each network is trained, on the training and the validation half together.
@@ -134,8 +134,10 @@ def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> 
     ranked = [row.architecture for row in result.ranking]
     if config.top is not None and not 1 <= config.top <= len(ranked):
         raise InputError(f"top must be in [1, {len(ranked)}], the architectures of {space.name}; got {config.top}")
+    named: list[Candidate]
     if config.top is not None:
-        named: list[Candidate] = [*ranked[: config.top]]
+        found = [result.method["path"]] if "path" in result.method else []
+        named = [*ranked[: config.top], *(find_candidate(space, text) for text in found)]
     else:
         named = [find_candidate(space, text) for text in config.architecture]
     paths = dict.fromkeys(path for path in named if isinstance(path, ResolutionPath))

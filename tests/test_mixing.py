@@ -9,7 +9,6 @@ import math
 import pytest
 import torch
 
-from bmsn.errors import InputError
 from bmsn.methods.mixing import Simplex, Softmax
 from bmsn.paths import ResolutionPath
 
@@ -69,7 +68,7 @@ def test_both_find_the_mixture_that_a_convex_loss_wants(kind, lr, steps):
         mixing.descend(lambda shares: ((shares - wanted) ** 2).sum())
     torch.testing.assert_close(mixing.shares, wanted.expand(4, 3), rtol=1e-3, atol=1e-3)
     path = ResolutionPath((0, 1, 2, 0))
-    assert mixing.log_likelihood(path) == pytest.approx(math.log(0.3 * 0.1 * 0.6), abs=0.03)
+    assert mixing.mean_share(path) == pytest.approx((0.3 * 0.1 * 0.6) ** (1 / 3), rel=0.01)
 
 
 @pytest.mark.parametrize("kind", [Softmax, Simplex])
@@ -96,9 +95,3 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(kind):
         for _ in range(5):
             mixing.descend(linear)
     assert torch.equal(first.logits, second.logits)
-
-
-@pytest.mark.parametrize("lr", [0.0, -1.0, math.inf, math.nan])
-def test_a_bad_learning_rate_is_named(lr):
-    with pytest.raises(InputError, match="alpha_lr must be finite and above 0; got"):
-        make(Softmax, lr)

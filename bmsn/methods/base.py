@@ -23,7 +23,7 @@ from bmsn.racing import Race
 from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
-OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race")
+OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race", "norm", "alpha_lr")
 
 
 @dataclass
@@ -202,6 +202,10 @@ class Method(ABC):
     def findings(self) -> dict[str, Any]:
         """What this method alone found (a path, final weights of choices), plain values for result.json."""
         return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what it found, which stand below the table."""
+        return ()
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bmsn.errors import InputError
 from bmsn.paths import ResolutionPath
 
 
@@ -34,8 +33,6 @@ class Mixing(ABC):
     """
 
     def __init__(self, num_layers: int, num_resolutions: int, *, lr: float, device: torch.device) -> None:
-        if not (math.isfinite(lr) and lr > 0):
-            raise InputError(f"alpha_lr must be finite and above 0; got {lr}")
         self.lr = lr
         self.logits = torch.zeros(num_layers, num_resolutions, dtype=torch.float64, device=device)
 
@@ -49,10 +46,12 @@ class Mixing(ABC):
         """The resolution of the largest share in each layer, of equal ones the highest; layer 0 keeps the full one."""
         return ResolutionPath((0, *self.logits[1:].argmax(1).tolist()))
 
-    def log_likelihood(self, path: ResolutionPath) -> float:
-        """sum over the layers from 1 on of log s[l, path[l]]: of drawing this path, each layer by its shares."""
-        logs = self.logits.detach().log_softmax(1).cpu()
-        return sum(float(logs[layer, r]) for layer, r in enumerate(path.resolutions) if layer)
+    def mean_share(self, path: ResolutionPath) -> float:
+        """Geometric mean over the layers from 1 on of s[l, path[l]]: as the path's likelihood if layers are drawn one
+        by one.
+        """
+        logs = self.logits.detach().log_softmax(1).cpu()[range(1, len(path.resolutions)), path.resolutions[1:]]
+        return math.exp(float(logs.mean()))
 
     @abstractmethod
     def descend(self, loss_of: Callable[[Tensor], Tensor]) -> float:
