@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _METHODS = {
     "mixture": "bmsn.methods.mixture:Mixture",
     "spos": "bmsn.methods.spos:Spos",
+    "few-shot": "bmsn.methods.few_shot:FewShot",
+    "mcts": "bmsn.methods.mcts:Mcts",
+    "boltzmann": "bmsn.methods.boltzmann:Boltzmann",
+    "random": "bmsn.methods.random:Random",
+    "macs": "bmsn.methods.macs:Macs",
 }
 
 
