@@ -136,7 +136,7 @@ def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> 
         raise InputError(f"top must be in [1, {len(ranked)}], the architectures of {space.name}; got {config.top}")
     named: list[Candidate]
     if config.top is not None:
-        found = [result.method["path"]] if "path" in result.method else []
+        found = [result.method["resolution_path"]] if "resolution_path" in result.method else []
         named = [*ranked[: config.top], *(find_candidate(space, text) for text in found)]
     else:
         named = [find_candidate(space, text) for text in config.architecture]

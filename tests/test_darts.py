@@ -105,9 +105,11 @@ def test_the_ranking_is_that_of_the_shares_along_each_architecture():
 
     best = (0, *shares[1:].argmax(1))
     found = loop.method.findings()
-    assert found["path"] == "-".join(map(str, best))
-    assert found["path_macs"] == path_macs(loop.space, parse_path(loop.space, found["path"]), num_classes=4)
-    assert found["path"] in loop.method.notes()[0]
+    assert found["resolution_path"] == "-".join(map(str, best))
+    assert found["resolution_path_macs"] == path_macs(
+        loop.space, parse_path(loop.space, found["resolution_path"]), num_classes=4
+    )
+    assert found["resolution_path"] in loop.method.notes()[0]
     np.testing.assert_allclose(found["shares"], shares)
 
 
@@ -116,8 +118,8 @@ def test_a_path_inside_the_space_is_named_as_the_architecture():
     with torch.no_grad():
         loop.method.mixing.logits[torch.arange(7), torch.tensor([2, 0, 1, 1, 1, 2, 2])] += 1
     found = loop.method.findings()
-    assert (found["path"], found["path_architecture"]) == ("0-0-1-1-1-2-2", "2-3-2")
-    assert found["path_macs"] == loop.macs[loop.space.find("2-3-2").index]
+    assert (found["resolution_path"], found["resolution_path_architecture"]) == ("0-0-1-1-1-2-2", "2-3-2")
+    assert found["resolution_path_macs"] == loop.macs[loop.space.find("2-3-2").index]
     assert loop.rank(loop.score())[0].architecture.slug == "2-3-2"
     assert "[2,3,2]" in loop.method.notes()[0]
 
@@ -173,14 +175,16 @@ def test_what_it_found_is_in_the_result_and_is_retrained_as_it_is(tmp_path, caps
     config = dict(space="resnet14-cifar10", data=spec, epochs=2, batch_size=16, device="cpu", alpha_lr=0.3)
     result = run_search(SearchConfig(method="darts", out=out, **config))
     found = json.loads((out / "result.json").read_text())["method"]
-    assert found["path_architecture"] is None, "choose another seed: this path is an architecture"
-    assert found["path"] in result.to_table()
+    assert found["resolution_path_architecture"] is None, "choose another seed: this path is an architecture"
+    shown = result.to_table()
+    assert found["resolution_path"] in shown
+    assert "No architecture was scored by itself." in shown
     flags = ["--epochs", "2", "--batch-size", "16", "--device", "cpu", "--seeds", "1"]
     assert retrain([str(out), "--top", "1", *flags]) == 0
     rows = [line.split(",")[0] for line in (out / "retrain.csv").read_text().splitlines()[2:]]
-    assert rows[-1] == found["path"]
-    assert set(rows) == {result.best.architecture.slug, "3-2-2", found["path"]}
-    assert found["path"] in capsys.readouterr().out
+    assert rows[-1] == found["resolution_path"]
+    assert set(rows) == {result.best.architecture.slug, "3-2-2", found["resolution_path"]}
+    assert found["resolution_path"] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

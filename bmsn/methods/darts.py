@@ -120,10 +120,10 @@ class Darts(Method):
     def metrics(self, step: int) -> dict[str, Any]:
         shares = self.mixing.shares.cpu().numpy()[1:]
         entropy = -(shares * np.log(np.maximum(shares, 1e-300))).sum(1).mean()
-        return {"path": str(self.mixing.path), "entropy": float(entropy)}
+        return {"resolution_path": str(self.mixing.path), "entropy": float(entropy)}
 
     def snapshot(self, step: int) -> dict[str, Any]:
-        return {"kind": "alpha", "shares": self.mixing.shares.cpu().numpy(), "path": str(self.mixing.path)}
+        return {"kind": "alpha", "shares": self.mixing.shares.cpu().numpy(), "resolution_path": str(self.mixing.path)}
 
     def findings(self) -> dict[str, Any]:
         return path_findings(self.problem, self.mixing.path) | {"shares": self.mixing.shares.cpu().tolist()}

@@ -14,15 +14,15 @@ def path_findings(problem: Problem, path: ResolutionPath) -> dict[str, Any]:
     inside = path_architecture(space, path)
     macs = path_macs(space, path, num_classes=data.num_classes, in_channels=data.in_channels)
     return {
-        "path": str(path),
-        "path_architecture": None if inside is None else inside.slug,
-        "path_macs": macs,
-        "path_macs_ratio": macs / problem.macs[space.default.index],
+        "resolution_path": str(path),
+        "resolution_path_architecture": None if inside is None else inside.slug,
+        "resolution_path_macs": macs,
+        "resolution_path_macs_ratio": macs / problem.macs[space.default.index],
     }
 
 
 def in_words(found: dict[str, Any]) -> str:
     """`0-0-1-2-1 (outside the space), 1.31x the MACs of the default`, from `path_findings`."""
-    inside = found["path_architecture"]
+    inside = found["resolution_path_architecture"]
     place = "outside the space" if inside is None else f"[{inside.replace('-', ',')}]"
-    return f"{found['path']} ({place}), {found['path_macs_ratio']:.2f}x the MACs of the default"
+    return f"{found['resolution_path']} ({place}), {found['resolution_path_macs_ratio']:.2f}x the MACs of the default"

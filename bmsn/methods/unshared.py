@@ -21,12 +21,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from bmsn.evaluator import Scores
+from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Method, Outcome, Ranking
 from bmsn.methods.climbing import climb
 from bmsn.methods.found import in_words, path_findings
-from bmsn.methods.mixture import draw_architectures
 from bmsn.methods.multires import count_correct_paths, forward_path, gather_path, scatter_path
 from bmsn.methods.problem import Problem
+from bmsn.methods.uniform import draw_uniform
 from bmsn.network import SupernetMixture
 from bmsn.paths import (
     ResolutionPath,
@@ -156,28 +157,26 @@ class UnsharedSpos(UnsharedPaths):
         space, config = problem.space, problem.config
         self._paths = [architecture_path(space, architecture) for architecture in space]
         in_blocks = config.procedure.visits == "blocks"
-        self._drawn = draw_architectures(len(space), problem.num_steps, config.seed, in_blocks=in_blocks)
-        self._averages = np.ones(len(space))  # optimistic, as a[c,m]: what was never trained is looked at
+        self._drawn = draw_uniform(len(space), problem.num_steps, config.seed, in_blocks=in_blocks)
+        self._averages = MovingAverages(len(space), config.procedure.ema_decay)
 
     def propose(self, step: int) -> ResolutionPath:
         return self._paths[self._drawn[step]]
 
     def observe(self, step: int, path: ResolutionPath, accuracy: float) -> None:
         super().observe(step, path, accuracy)
-        decay = self.problem.config.procedure.ema_decay
-        index = self._drawn[step]
-        self._averages[index] = decay * self._averages[index] + (1 - decay) * accuracy
+        self._averages.observe(int(self._drawn[step]), accuracy)
 
     def estimates(self) -> NDArray[np.float64]:
-        """Moving average of the accuracies of each architecture."""
-        return self._averages.copy()
+        """Moving average of the accuracies of each architecture; NaN before the first."""
+        return self._averages.values.copy()
 
     def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"averages": self._averages.copy()}
+        return super().state_dict() | {"averages": self._averages.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
-        self._averages[:] = state["averages"]
+        self._averages.load_state_dict(state["averages"])
 
 
 class UnsharedSposAll(UnsharedPaths):
@@ -223,7 +222,7 @@ class UnsharedSposAll(UnsharedPaths):
             num_resolutions(space),
         )
         self._found = path_findings(self.problem, path) | {
-            "path_accuracy": correct / len(labels), "paths_scored": scored,
+            "resolution_path_accuracy": correct / len(labels), "paths_scored": scored,
         }  # fmt: skip
 
     def findings(self) -> dict[str, Any]:
@@ -231,7 +230,8 @@ class UnsharedSposAll(UnsharedPaths):
 
     def notes(self) -> tuple[str, ...]:
         found = self._found
+        accuracy, scored = 100 * found["resolution_path_accuracy"], found["paths_scored"]
         return (
-            f"Best path, uphill from the best architecture: {in_words(found)}; {100 * found['path_accuracy']:.2f} % "
-            f"of the validation half, the best of {found['paths_scored']} paths.",
+            f"Best of {scored} paths, uphill from the best architecture: {in_words(found)}; {accuracy:.2f} % of the "
+            "validation half.",
         )
