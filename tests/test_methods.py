@@ -78,7 +78,7 @@ def test_an_unknown_method_is_refused_with_the_nearest(spec, capsys):
         bmsn.methods.get("mtcs")
     assert main([*tiny_flags(spec), "--method", "boltzman"]) == 2
     assert "did you mean 'boltzmann'" in capsys.readouterr().err
-    with pytest.raises(InputError, match="is unknown. Known: mixture, spos"):
+    with pytest.raises(InputError, match=r"is unknown\. Known: mixture, spos"):
         SearchConfig(method="?")
 
 
