@@ -13,7 +13,7 @@ from bmsn.result import RankedArchitecture, SearchResult
 from bmsn.scheduler import Resources, TaskProgress
 from bmsn.space import Architecture, SearchSpace
 from bmsn.standalone import TrainingSettings
-from bmsn.tasks import Images
+from bmsn.tasks import Images, TaskStore
 from bmsn.truth import check_seeds, check_training, failures, make_task
 
 
@@ -98,7 +98,7 @@ def run_retraining(
     check_training(space, data, config.training)
     seeds = range(config.seeds)
     tasks = [make_task(space, a, images, seed, config.training) for seed in seeds for a in chosen]
-    outcome = run_tasks(tasks, config.run / "retrain", config.resources, should_stop, progress)
+    outcome = run_tasks(tasks, TaskStore(config.run / "retrain"), config.resources, should_stop, progress)
     searched = {row.architecture.index: row for row in result.ranking}
     rows = [
         RetrainedRow(alone=row, searched=searched[row.architecture.index], is_default=row.architecture == space.default)
