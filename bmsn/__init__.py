@@ -10,6 +10,7 @@ net = bmsn.build_network(space, result.best.architecture)
 
 from bmsn import methods
 from bmsn.backend import backend_report
+from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
 from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError, RunStopped
@@ -30,6 +31,8 @@ from bmsn.truth import GroundTruthConfig, run_ground_truth
 __all__ = [
     "Architecture",
     "BalancedMixture",
+    "Comparison",
+    "ComparisonConfig",
     "EvaluationPlan",
     "GroundTruthConfig",
     "ImageDataset",
@@ -51,6 +54,7 @@ __all__ = [
     "methods",
     "open_dataset",
     "race",
+    "run_comparison",
     "run_ground_truth",
     "run_retraining",
     "run_search",
