@@ -9,7 +9,7 @@ import tyro
 
 from bmsn.command import run_command
 from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
-from bmsn.comparison_figures import Row, Summary
+from bmsn.comparison_figures import Paired, Row, Summary
 from bmsn.scheduler import TaskProgress
 
 PROGRAM = "python -m bmsn.compare"
@@ -39,24 +39,17 @@ def to_table(comparison: Comparison) -> str:
         smallest, largest = min(run.n for run in runs), max(run.n for run in runs)
         over = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
         lines += [
-            f"Budget of {budget} epochs. Figures over {over} of {comparison.num_architectures} architectures, means "
+            f"Budget: {budget} epochs. Figures over {over} of {comparison.num_architectures} architectures, means "
             f"over {max(row.num_runs for row in rows)} seeds, in brackets bootstrap intervals (95 %).",
-            *_table(_pick_cells, rows, width),
+            *_table("method", {row.label: _pick_cells(row) for row in rows}, width),
             "",
-            *_table(_rank_cells, rows, width),
+            *_table("method", {row.label: _rank_cells(row) for row in rows}, width),
             "",
         ]
         for baseline in dict.fromkeys(pair.baseline for pair in comparison.paired if pair.budget == budget):
             pairs = [pair for pair in comparison.paired if (pair.budget, pair.baseline) == (budget, baseline)]
-            names = ("kendall_tau_b", "partial_kendall", "accuracy", "gain_within_macs")
-            lines.append(
-                f"{f'less {baseline}, seed by seed':<{max(width, len(baseline) + 20)}}"
-                f"{'tau-b':>34}{'tau-b | MACs':>34}{'true accuracy':>34}{'gain at <= 1x':>34}"
-            )
-            for pair in pairs:
-                cells = "".join(f"{_both(pair.figures[name]):>34}" for name in names)
-                lines.append(f"{pair.label:<{max(width, len(baseline) + 20)}}{cells}")
-            lines.append("")
+            cells = {pair.label: _pair_cells(pair) for pair in pairs}
+            lines += [*_table(f"less {baseline}, seed by seed", cells, width), ""]
         lines += [f"{row.label} also found {', '.join(row.paths)}, resolutions by layer." for row in rows if row.paths]
     lines += _notes(comparison)
     return "\n".join(lines)
@@ -86,47 +79,55 @@ def _rank_cells(row: Row) -> dict[str, str]:
         "tau-b | MACs": _interval(figures["partial_kendall"], 3),
         "images trained": f"{costs['training_images']:,.0f}",
         "validated": f"{costs['validation_images']:,.0f}",
-        "TMACs": f"{(costs['training_macs'] + costs['validation_macs']) / 1e12:,.1f}",
+        "TMACs": f"{(costs['training_macs'] + costs['validation_macs']) / 1e12:.3g}",
         "training s": f"{row.timings['train_seconds']:.1f}",
     }
 
 
-def _table(cells: Callable[[Row], dict[str, str]], rows: Sequence[Row], width: int) -> list[str]:
-    """Columns as wide as they need to be; the last one left-aligned if it is text."""
-    made = [cells(row) for row in rows]
-    names = list(made[0])
-    widths = {name: max(len(name), *(len(row[name]) for row in made)) + 2 for name in names}
-    last_is_text = names[-1] == "picks"
+def _pair_cells(pair: Paired) -> dict[str, str]:
+    figures = pair.figures
+    return {
+        "tau-b": _both(figures["kendall_tau_b"], 3),
+        "tau-b | MACs": _both(figures["partial_kendall"], 3),
+        "true accuracy": _both(figures["accuracy"], 2),
+        "gain at <= 1x": _both(figures["gain_within_macs"], 2),
+    }
 
-    def line(head: str, row: Mapping[str, str]) -> str:
-        parts = [f"{row[name]:>{widths[name]}}" for name in names]
-        if last_is_text:
-            parts[-1] = f"  {row[names[-1]]}"
-        return f"{head:<{width}}" + "".join(parts)
 
-    return [line("method", dict(zip(names, names, strict=True)))] + [
-        line(row.label, each) for row, each in zip(rows, made, strict=True)
-    ]
+def _table(head: str, rows: Mapping[str, Mapping[str, str]], width: int) -> list[str]:
+    """Lines of cells by label and column. Columns are as wide as they need to be; picks, which are text, stand left."""
+    names = list(next(iter(rows.values())))
+    widths = {name: max(len(name), *(len(row[name]) for row in rows.values())) + 2 for name in names}
+    first = max(width, len(head) + 2)
+
+    def line(label: str, row: Mapping[str, str]) -> str:
+        cells = (f"  {row[name]}" if name == "picks" else f"{row[name]:>{widths[name]}}" for name in names)
+        return f"{label:<{first}}" + "".join(cells)
+
+    return [line(head, {name: name for name in names}), *(line(label, row) for label, row in rows.items())]
 
 
 def _mean(summary: Summary, digits: int) -> str:
-    return "-" if summary.mean is None else f"{summary.mean:.{digits}f}"
+    return "-" if summary.mean is None else _fixed(summary.mean, digits)
 
 
 def _interval(summary: Summary, digits: int) -> str:
     if summary.bootstrap is None:
         return _mean(summary, digits)
     low, high = summary.bootstrap
-    return f"{summary.mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    return f"{_mean(summary, digits)} [{_fixed(low, digits)}, {_fixed(high, digits)}]"
 
 
-def _both(summary: Summary) -> str:
+def _both(summary: Summary, digits: int) -> str:
     """Mean, bootstrap interval and, in round brackets, Student's."""
-    text = _interval(summary, 2)
     if summary.student is None:
-        return text
+        return _interval(summary, digits)
     low, high = summary.student
-    return f"{text} ({low:.2f}, {high:.2f})"
+    return f"{_interval(summary, digits)} ({_fixed(low, digits)}, {_fixed(high, digits)})"
+
+
+def _fixed(value: float, digits: int) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
 
 
 def _notes(comparison: Comparison) -> list[str]:

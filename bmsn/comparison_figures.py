@@ -71,7 +71,9 @@ def describe_run(
     """
     ranking, default = result.ranking, space.default
     macs = {row.architecture.index: float(row.macs) for row in ranking}
-    if methods.get(result.config["method"]).by_accuracy:
+    if result.config["method"] == "macs":  # which puts those of equal MACs in the order of the space
+        predicted = macs
+    elif methods.get(result.config["method"]).by_accuracy:
         whole = [row for row in ranking if row.images_seen == result.scores["total"]]
         predicted = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
     else:

@@ -156,7 +156,7 @@ def draw_budgets(folder: Path, rows: Sequence[Row], title: str) -> None:
             panel.grid(axis="y", color="0.9")
             panel.spines[["top", "right"]].set_visible(False)
         axes[0].axhline(0, color="0.6", linewidth=0.8)
-        axes[1].set_ylim(bottom=0)
+        axes[1].set_ylim(bottom=-0.03 * axes[1].get_ylim()[1])  # markers at 0 are whole
         figure.suptitle(f"{title}; means over seeds, bars: 95 % intervals", fontsize=10)
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         for suffix, metadata in (("svg", {"Date": None}), ("png", None)):

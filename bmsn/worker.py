@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
@@ -87,6 +89,9 @@ class Worker(Generic[W]):
 def _serve(connection: Connection, device_name: str, threads: int) -> None:
     """The life of a worker: reads tasks until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends it
+    # A parent that is killed cannot end it: by itself it would go on to the end of the task, in a folder that the next
+    # process wants.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
     device = torch.device(device_name)
@@ -101,6 +106,13 @@ def _serve(connection: Connection, device_name: str, threads: int) -> None:
             connection.send(_perform(connection.recv(), place, connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any]:
