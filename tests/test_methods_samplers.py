@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from bmsn.config import Procedure
 from bmsn.errors import InputError
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.boltzmann import BoltzmannSampler
 from bmsn.methods.few_shot import FewShotSampler, first_pooling_groups
 from bmsn.methods.mcts import MctsSampler
+from bmsn.methods.mixture import MixtureSampler
 from bmsn.space import SearchSpace
 
 TINY = SearchSpace(5, 2, [4] * 5, image_size=8)  # 6 architectures: 12, 13, 14, 23, 24, 34
@@ -25,6 +27,13 @@ def mcts(space=TINY, num_steps=400, seed=0, constant=0.5, warm_up=0.0, in_blocks
 
 def boltzmann(space=TINY, num_steps=400, seed=0, decay=0.9, warm_up=0.0, in_blocks=False) -> BoltzmannSampler:
     return BoltzmannSampler(space, num_steps, seed, decay=decay, warm_up=warm_up, in_blocks=in_blocks)
+
+
+def mixture(space=TINY, num_supernets=2, num_steps=400, seed=0) -> MixtureSampler:
+    return MixtureSampler(
+        space, num_supernets, num_steps, seed,
+        procedure=Procedure(), balance_every=1, temperature=lambda step: 1 + 99 * step / num_steps,
+    )  # fmt: skip
 
 
 def play(sampler, num_steps, reward, first=0) -> list[int]:
@@ -41,6 +50,35 @@ def noisy(means, seed=0):
     """Shares of 16 coins, as accuracies of a minibatch are."""
     random = np.random.default_rng(seed)
     return lambda step, architecture: random.binomial(16, means[architecture]) / 16
+
+
+# The balanced mixture. ------------------------------------------------------------------------------------------------
+
+
+def test_the_mixture_gives_each_supernet_the_half_that_it_is_good_at():
+    sampler = mixture(num_steps=1200)
+    steps = []
+    for step in range(1200):
+        architecture, supernet = sampler.propose(step)
+        good = (architecture < 3) == (supernet == 1)
+        sampler.observe(step, architecture, supernet, 0.3 + 0.01 * architecture + 0.4 * good)
+        steps.append((architecture, supernet))
+    ranking = sampler.rank()
+    assert ranking.supernet.tolist() == [1, 1, 1, 0, 0, 0]
+    assert ranking.order.tolist() == [5, 4, 3, 2, 1, 0]
+    assert ranking.estimate == pytest.approx(0.7 + 0.01 * np.arange(6), abs=1e-6)
+    assert np.bincount([c for c, _ in steps]).tolist() == [200] * 6  # in blocks
+    assert sampler.metrics(1200)["load"] == pytest.approx([0.5, 0.5])
+    assert sampler.mixture.visits.sum() == 1200
+    late = steps[-300:]
+    assert sum((c < 3) == (m == 1) for c, m in late) > 290
+
+
+def test_a_refresh_replaces_the_table_of_the_mixture():
+    sampler, table = mixture(), np.linspace(0.2, 0.8, 12).reshape(6, 2)
+    assert sampler.pairs() == [(c, m) for c in range(6) for m in range(2)]
+    sampler.refresh(sampler.pairs(), table.ravel())
+    assert np.array_equal(sampler.mixture.scores, table)
 
 
 # Monte-Carlo tree search. ---------------------------------------------------------------------------------------------
@@ -245,17 +283,27 @@ def test_moving_averages():
     assert averages.order().tolist() == [2, 1, 0]  # 0.4 before 0.375 before unknown
 
 
+@pytest.mark.parametrize("make", [boltzmann, lambda: FewShotSampler(TINY, 400, 0, decay=0.9, in_blocks=True)])
+def test_a_refresh_replaces_the_moving_averages(make):
+    sampler = make()
+    sampler.observe(0, 1, 0, 0.5)
+    sampler.refresh(sampler.pairs(), np.linspace(0.1, 0.6, 6))
+    assert sampler.rank().estimate.tolist() == np.linspace(0.1, 0.6, 6).tolist()
+    assert sampler.averages.visits.tolist() == [0, 1, 0, 0, 0, 0]
+
+
 # State. ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "make",
     [
+        lambda: mixture(LARGER),
         lambda: mcts(LARGER, warm_up=0.25),
         lambda: boltzmann(LARGER, warm_up=0.25),
         lambda: FewShotSampler(LARGER, 400, 0, decay=0.9, in_blocks=True),
     ],
-    ids=["mcts", "boltzmann", "few-shot"],
+    ids=["mixture", "mcts", "boltzmann", "few-shot"],
 )
 @pytest.mark.parametrize("at", [50, 230], ids=["in the warm-up", "after it"])
 def test_a_sampler_goes_on_from_its_state(make, at):
