@@ -16,8 +16,9 @@ from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores, score_architectures, score_one_by_one
 from bmsn.mixture import BalancedMixture
-from bmsn.network import SupernetMixture, build_network
+from bmsn.network import SupernetMixture, build_network, build_path_network
 from bmsn.ops.balance import balance
+from bmsn.paths import ResolutionPath
 from bmsn.plan import EvaluationPlan
 from bmsn.racing import Race, race
 from bmsn.result import SearchResult
@@ -39,6 +40,7 @@ __all__ = [
     "InputError",
     "Interrupted",
     "Race",
+    "ResolutionPath",
     "Resources",
     "RetrainConfig",
     "RunStopped",
@@ -51,6 +53,7 @@ __all__ = [
     "backend_report",
     "balance",
     "build_network",
+    "build_path_network",
     "methods",
     "open_dataset",
     "race",

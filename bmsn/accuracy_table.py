@@ -8,11 +8,13 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from bmsn.checkpoint import write_atomically
 from bmsn.data import ImageDataset
+from bmsn.paths import Candidate, as_path, path_macs
 from bmsn.scheduler import Outcome
-from bmsn.space import Architecture, SearchSpace
+from bmsn.space import SearchSpace
 from bmsn.standalone import TrainingSettings
 from bmsn.tasks import Task, TaskResult
 
@@ -21,11 +23,15 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
+_C = TypeVar("_C", bound=Candidate)
+
+
 @dataclass(frozen=True, kw_only=True)
-class AccuracyRow:
+class AccuracyRow(Generic[_C]):
     """One architecture.
 
     Attributes:
+        architecture: or a path of resolutions, which may lie outside the space.
         accuracy_mean: test accuracy in percent over the networks trained; None: none was.
         accuracy_std: standard deviation of the sample; None with fewer than 2 networks.
         n: networks trained.
@@ -34,7 +40,7 @@ class AccuracyRow:
         seconds: mean time that a network took to train and test.
     """
 
-    architecture: Architecture
+    architecture: _C
     accuracy_mean: float | None
     accuracy_std: float | None
     n: int
@@ -66,11 +72,11 @@ class AccuracyRow:
 
 def accuracy_rows(
     space: SearchSpace,
-    architectures: Sequence[Architecture],
+    architectures: Sequence[_C],
     data: ImageDataset,
     tasks: Sequence[Task],
     outcome: Outcome[TaskResult],
-) -> list[AccuracyRow]:
+) -> list[AccuracyRow[_C]]:
     """One row for each of `architectures`, in their order, over the results of its tasks."""
     classes, channels = data.num_classes, data.in_channels
     default = space.macs(space.default, num_classes=classes, in_channels=channels)
@@ -81,7 +87,7 @@ def accuracy_rows(
     rows = []
     for architecture in architectures:
         results = found[architecture.slug]
-        macs = space.macs(architecture, num_classes=classes, in_channels=channels)
+        macs = path_macs(space, as_path(space, architecture), num_classes=classes, in_channels=channels)
         accuracies = [result.accuracy for result in results]
         rows.append(
             AccuracyRow(

@@ -103,7 +103,7 @@ def describe_run(
         seed=seed,
         pick=result.best.architecture.slug,
         pick_within_macs=within.architecture.slug,
-        path=result.method.get("path"),
+        path=result.method.get("resolution_path"),
         n=agreed["n"],
         figures={name: figures[name] for name in FIGURES},
         undefined={name: reasons.get(name, fallback) for name in FIGURES if figures[name] is None},

@@ -61,6 +61,7 @@ class SearchConfig:
         warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
             paper has searches with it and without.
         ucb_constant: c of mcts: how much it explores.
+        alpha_lr: learning rate of alpha in darts and gaea; None: the method's own.
         pool: how a layer downsamples; None: as the space says.
         device: where to compute; auto: CUDA where there is a GPU.
         seed: of everything random.
@@ -95,6 +96,7 @@ class SearchConfig:
     refresh_every: int = 0
     warm_up: float = 0.0
     ucb_constant: float = math.sqrt(2)
+    alpha_lr: float | None = None
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     seed: int = 0
@@ -124,6 +126,7 @@ class SearchConfig:
             "refresh_every": (0, 10**9),
             "warm_up": (0, 1),
             "ucb_constant": (0, 1000),
+            "alpha_lr": (1e-9, 100),
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
             "evaluate_top": (0, 10**9),

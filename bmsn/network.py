@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bmsn.errors import InputError
 from bmsn.ops.norm_relu import norm_add_relu, norm_relu
+from bmsn.paths import ResolutionPath, architecture_path, check_path
 from bmsn.space import Architecture, Convolution, Layer, SearchSpace
 
 
@@ -100,6 +101,18 @@ class SupernetMixture(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.pixel_table = state
 
+    @property
+    def layer_columns(self) -> tuple[slice, ...]:
+        """Columns of `arena` with the convolutions of each layer; a large stem's come before, the head's after them."""
+        sizes, stop = iter(self._sizes), self._sizes[0] if self.space.stem == "large" else 0
+        if stop:
+            next(sizes)
+        columns = []
+        for layer in self.space.layers:
+            start, stop = stop, stop + sum(next(sizes) for _ in layer.convolutions)
+            columns.append(slice(start, stop))
+        return tuple(columns)
+
     def weights(self, row: Tensor, dtype: torch.dtype) -> Weights:
         """Views of one arena row (P,): convolutions in `dtype`, the head in the wider of `dtype` and float32.
 
@@ -145,18 +158,15 @@ class SupernetMixture(nn.Module):
     def forward_row(self, row: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
         """`forward` with the weights of one row (P,), unchecked; `images` in channels_last."""
         weights = self.weights(row, images.dtype)
-        x = images
-        if weights.stem is not None:
-            x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3)), 3, 2, 1)
+        x = run_stem(images, weights)
         pool, positions = self.space.pool, architecture.pool_positions
         for index, (layer, w) in enumerate(zip(self.space.layers, weights.layers, strict=True)):
             # A pooling before the next layer ends this one: one sweep instead of three.
             max_pool = pool == "max" and index + 1 in positions
-            x = _layer(x, layer, w, stride=1 + (pool == "stride" and index in positions), max_pool=max_pool)
+            x = run_layer(x, layer, w, stride=1 + (pool == "stride" and index in positions), max_pool=max_pool)
             if pool == "avg" and index + 1 in positions:
                 x = F.avg_pool2d(x, 2)
-        features = x.mean((2, 3), dtype=weights.head_weight.dtype)
-        return F.linear(features, weights.head_weight, weights.head_bias)
+        return run_head(x, weights)
 
 
 def check_images(mixture: SupernetMixture, images: Tensor) -> None:
@@ -179,7 +189,16 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
         )
 
 
-def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int, max_pool: bool) -> Tensor:
+def run_stem(images: Tensor, weights: Weights) -> Tensor:
+    """What comes before layer 0 of a supernet: nothing, or a large stem."""
+    if weights.stem is None:
+        return images
+    return F.max_pool2d(norm_relu(F.conv2d(images, weights.stem, stride=2, padding=3)), 3, 2, 1)
+
+
+def run_layer(
+    x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int = 1, max_pool: bool = False
+) -> Tensor:
     """One layer of a supernet on one statistics group, with the max-pooling behind it if the next layer has one."""
     y = x
     for conv in layer.main:
@@ -196,6 +215,12 @@ def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int, 
     return norm_add_relu(y, x, normalise_shortcut=projects, max_pool=max_pool)
 
 
+def run_head(x: Tensor, weights: Weights) -> Tensor:
+    """Logits (N, num_classes) from the last layer's map, in the dtype of the head's weights."""
+    features = x.mean((2, 3), dtype=weights.head_weight.dtype)
+    return F.linear(features, weights.head_weight, weights.head_bias)
+
+
 # One architecture alone: plain torch, nothing of bmsn inside. ---------------------------------------------------------
 
 
@@ -210,17 +235,32 @@ def build_network(
     Raises:
         InputError: an architecture of another space.
     """
-    space.check(architecture)
+    return build_path_network(space, architecture_path(space, architecture), num_classes, in_channels)
+
+
+def build_path_network(
+    space: SearchSpace, path: ResolutionPath, num_classes: int = 10, in_channels: int = 3
+) -> nn.Sequential:
+    """`build_network` for any path of resolutions: nearest upsampling before a layer where the path goes up.
+
+    Source: Javan et al. 2023, eq. 4 and 5: the network that is left when each layer keeps one resolution.
+
+    Raises:
+        InputError: a path that does not fit the space, see `bmsn.paths.check_path`.
+    """
+    check_path(space, path)
     layers: list[nn.Module] = []
-    for index, layer in enumerate(space.layers):
-        downsample = space.pool if index in architecture.pool_positions else None
+    for layer, step in zip(space.layers, path.steps, strict=True):
         block: nn.Module
         if layer.kind == "stem":
             block = _conv_norm(layer.main[0], 1, in_channels).append(nn.ReLU(inplace=True))
         else:
-            block = ResidualBlock(layer, downsample == "stride")
-        if downsample in ("max", "avg"):
-            block = nn.Sequential(nn.MaxPool2d(2) if downsample == "max" else nn.AvgPool2d(2), block)
+            block = ResidualBlock(layer, space.pool == "stride" and step == 1)
+        if step < 0:
+            block = nn.Sequential(nn.Upsample(scale_factor=2**-step, mode="nearest"), block)
+        elif step > 0 and space.pool != "stride":
+            kind = nn.MaxPool2d if space.pool == "max" else nn.AvgPool2d
+            block = nn.Sequential(kind(2**step), block)
         layers.append(block)
     network = nn.Sequential()
     if space.stem == "large":

@@ -152,7 +152,7 @@ class SearchResult:
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {supernet:>8}  "
                 f"{row.macs_ratio:>5.2f}x  {ema:>11}" + (f"  {row.images_seen:>7}" if raced else "")
             )
-        where = "Nothing was trained."
+        where = "No architecture was scored by itself." if self.cost["training_images"] else "Nothing was trained."
         if any(row.accuracy is not None for row in self.ranking):
             where = "Accuracies are within a supernet, on the validation half; not after retraining."
         best, total = self.best, self.timings["total_seconds"]

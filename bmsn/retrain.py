@@ -43,16 +43,18 @@ def to_table(retraining: Retraining) -> str:
     """The table that the command prints: the best first, with the distance to the default architecture."""
     rows = sorted(retraining.rows, key=lambda row: -(row.alone.accuracy_mean or 0))
     default = next(row.alone.accuracy_mean for row in rows if row.is_default)
+    width = 2 + max(12, *(len(str(row.alone.architecture)) for row in rows))
     lines = [
-        f"{'architecture':<14}{'test accuracy %':>17}{'to default':>12}{'networks':>10}{'MACs':>8}{'search rank':>13}"
+        f"{'architecture':<{width}}{'test accuracy %':>17}{'to default':>12}{'networks':>10}{'MACs':>8}"
+        f"{'search rank':>13}"
     ]
     for row in rows:
-        alone, distance = row.alone, "-"
+        alone, distance, rank = row.alone, "-", "-" if row.searched is None else row.searched.rank
         if not row.is_default and alone.accuracy_mean is not None and default is not None:
             distance = f"{alone.accuracy_mean - default:+.2f}"
         lines.append(
-            f"{alone.architecture!s:<14}{alone.accuracy_text:>17}{distance:>12}{alone.n:>10}"
-            f"{alone.macs_ratio:>7.2f}x{row.searched.rank:>13}{'  default' if row.is_default else ''}"
+            f"{alone.architecture!s:<{width}}{alone.accuracy_text:>17}{distance:>12}{alone.n:>10}"
+            f"{alone.macs_ratio:>7.2f}x{rank:>13}{'  default' if row.is_default else ''}"
         )
     return "\n".join(lines)
 

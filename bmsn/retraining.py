@@ -9,9 +9,10 @@ from pathlib import Path
 from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.paths import Candidate, ResolutionPath, find_candidate
 from bmsn.result import RankedArchitecture, SearchResult
 from bmsn.scheduler import Resources, TaskProgress
-from bmsn.space import Architecture, SearchSpace
+from bmsn.space import SearchSpace
 from bmsn.standalone import TrainingSettings
 from bmsn.tasks import Images, TaskStore
 from bmsn.truth import check_seeds, check_training, failures, make_task
@@ -23,8 +24,8 @@ class RetrainConfig:
 
     Attributes:
         run: folder of a finished search.
-        top: train the best K of its ranking.
-        architecture: train these, as 5,3,2, instead.
+        top: train the best K of its ranking, and the path of resolutions where its method found one.
+        architecture: train these instead, as 5,3,2 or as a path of resolutions, one a layer: 0-0-1-2-1 and so on.
         seeds: networks of each architecture, with seeds 0, 1, ...
         training: how each network is trained, on the training and the validation half together.
         resources: what they are trained on.
@@ -49,15 +50,15 @@ class RetrainConfig:
 class RetrainedRow:
     """Test accuracy of an architecture trained alone, and its place in the search."""
 
-    alone: AccuracyRow
-    searched: RankedArchitecture
+    alone: AccuracyRow[Candidate]
+    searched: RankedArchitecture | None  # None: a path outside the space
     is_default: bool
 
     def as_dict(self) -> dict[str, str | int]:
         """Cells of the CSV file by column."""
-        accuracy = self.searched.accuracy
+        accuracy = None if self.searched is None else self.searched.accuracy
         return self.alone.as_dict() | {
-            "search_rank": self.searched.rank,
+            "search_rank": "" if self.searched is None else self.searched.rank,
             "search_accuracy": "" if accuracy is None else f"{100 * accuracy:.3f}",
             "is_default": int(self.is_default),
         }
@@ -65,7 +66,7 @@ class RetrainedRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Retraining:
-    """What the networks reached: rows in the order of the search's ranking; `failed` as in `GroundTruth`."""
+    """What the networks reached: rows in the order of the search's ranking, paths behind; `failed` as `GroundTruth`."""
 
     rows: tuple[RetrainedRow, ...]
     failed: dict[str, str]
@@ -99,9 +100,9 @@ def run_retraining(
     seeds = range(config.seeds)
     tasks = [make_task(space, a, images, seed, config.training) for seed in seeds for a in chosen]
     outcome = run_tasks(tasks, TaskStore(config.run / "retrain"), config.resources, should_stop, progress)
-    searched = {row.architecture.index: row for row in result.ranking}
+    searched: dict[Candidate, RankedArchitecture] = {row.architecture: row for row in result.ranking}
     rows = [
-        RetrainedRow(alone=row, searched=searched[row.architecture.index], is_default=row.architecture == space.default)
+        RetrainedRow(alone=row, searched=searched.get(row.architecture), is_default=row.architecture == space.default)
         for row in accuracy_rows(space, chosen, data, tasks, outcome)
     ]
     title = f"{space.name} trained alone on both halves of {images.spec}: " + describe(
@@ -128,10 +129,16 @@ def read_result(run: Path) -> SearchResult:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> list[Architecture]:
-    """What is trained, in the order of the ranking; always with the default architecture."""
+def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> list[Candidate]:
+    """What is trained, in the order of the ranking, paths outside the space last; always with the default one."""
     ranked = [row.architecture for row in result.ranking]
     if config.top is not None and not 1 <= config.top <= len(ranked):
         raise InputError(f"top must be in [1, {len(ranked)}], the architectures of {space.name}; got {config.top}")
-    named = [space.find(text) for text in config.architecture] if config.top is None else ranked[: config.top]
-    return [architecture for architecture in ranked if architecture in (*named, space.default)]
+    named: list[Candidate]
+    if config.top is not None:
+        found = [result.method["resolution_path"]] if "resolution_path" in result.method else []
+        named = [*ranked[: config.top], *(find_candidate(space, text) for text in found)]
+    else:
+        named = [find_candidate(space, text) for text in config.architecture]
+    paths = dict.fromkeys(path for path in named if isinstance(path, ResolutionPath))
+    return [*(architecture for architecture in ranked if architecture in (*named, space.default)), *paths]

@@ -192,7 +192,7 @@ def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
             f"{scores.decided_after} of {scores.total} images, {100 * scores.share_seen:.0f}% of the scoring done. "
             "An accuracy on fewer images ranks below those on all of them; only the latter are compared with a truth."
         )
-    return tuple(notes)
+    return (*notes, *loop.method.notes())
 
 
 def _how_to_go_on(config: SearchConfig) -> str:

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from bmsn.config import Procedure
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, normalise
 from bmsn.errors import InputError, RunStopped
-from bmsn.network import build_network
+from bmsn.network import build_path_network
+from bmsn.paths import Candidate, as_path, check_path
 from bmsn.rng import torch_seed
-from bmsn.space import Architecture, SearchSpace
+from bmsn.space import SearchSpace
 from bmsn.trainer import compute_dtype, learning_rate
 
 CHECK_EVERY = 25  # steps from one look at the loss to the next: on a GPU each look waits for all work before it
@@ -103,7 +104,7 @@ class TrainedNetwork:
 
 def train_alone(
     space: SearchSpace,
-    architecture: Architecture,
+    architecture: Candidate,
     data: ImageDataset,
     settings: TrainingSettings,
     *,
@@ -112,7 +113,7 @@ def train_alone(
     indices: np.ndarray | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> TrainedNetwork:
-    """Trains a network of `build_network` and tests it once, at the end.
+    """Trains a network of `build_network` or `build_path_network` and tests it once, at the end.
 
     In bfloat16 autocast where the device computes it fast, float32 elsewhere; weights, running statistics and SGD are
     float32. Weights and batches are a function of the seed and the architecture; networks of one seed see the same
@@ -120,7 +121,7 @@ def train_alone(
 
     Args:
         space: the architecture's; images are a multiple of its total stride.
-        architecture: what to train.
+        architecture: what to train; a path may lie outside the space.
         data: the images.
         settings: how.
         seed: of weights and batches.
@@ -131,7 +132,7 @@ def train_alone(
         InputError: settings, space and data that do not fit, or no test images.
         RunStopped: the loss is not finite.
     """
-    space.check(architecture)
+    check_path(space, as_path(space, architecture))
     check_data(space, data)
     started = time.perf_counter()
     dtype = compute_dtype(device)
@@ -182,12 +183,12 @@ def check_data(space: SearchSpace, data: ImageDataset) -> None:
         )
 
 
-def initial_network(space: SearchSpace, architecture: Architecture, data: ImageDataset, seed: int) -> nn.Module:
+def initial_network(space: SearchSpace, architecture: Candidate, data: ImageDataset, seed: int) -> nn.Module:
     """The network of step 0, on the CPU, channels_last; torch's random state is left as it was."""
     with torch.random.fork_rng(devices=[]):
         # not torch.manual_seed, which would seed every GPU as well
         torch.default_generator.manual_seed(torch_seed(seed, f"standalone/weights/{architecture.slug}"))
-        network = build_network(space, architecture, data.num_classes, data.in_channels)
+        network = build_path_network(space, as_path(space, architecture), data.num_classes, data.in_channels)
     return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # not in torch's hints
 
 

@@ -29,7 +29,8 @@ from bmsn.data import ImageDataset, open_dataset
 from bmsn.data.readers import split_spec
 from bmsn.data.synthetic import generate_synthetic
 from bmsn.errors import InputError
-from bmsn.space import Architecture, PoolKind, SearchSpace
+from bmsn.paths import Candidate, as_path, find_candidate, path_macs
+from bmsn.space import PoolKind, SearchSpace
 from bmsn.standalone import TrainingSettings, train_alone
 
 _LOG = logging.getLogger("bmsn.tasks")
@@ -129,7 +130,7 @@ class Task:
 
     Attributes:
         space, pool: name of the space and how its layers downsample.
-        architecture: stage depths, as 4-3-3.
+        architecture: stage depths, as 4-3-3, or a path of resolutions, as 0-0-1-2-1.
         images: what it is trained and tested on.
         seed: of weights and batches.
         settings: how it is trained.
@@ -158,17 +159,17 @@ class Task:
 
     @property
     def label(self) -> str:
-        return f"[{self.architecture.replace('-', ',')}] seed {self.seed}"
+        return f"{self.opened_space()[1]} seed {self.seed}"
 
-    def opened_space(self) -> tuple[SearchSpace, Architecture]:
+    def opened_space(self) -> tuple[SearchSpace, Candidate]:
         space = SearchSpace.named(self.space, pool=self.pool)
-        return space, space.find(self.architecture)
+        return space, find_candidate(space, self.architecture)
 
     @cached_property
     def macs(self) -> int:
         """Multiply-accumulates for one image: what its training time is about proportional to."""
         space, architecture = self.opened_space()
-        return space.macs(architecture)
+        return path_macs(space, as_path(space, architecture))
 
     def perform(self, place: Place, progress: Callable[[float], None]) -> TaskResult:
         space, architecture = self.opened_space()

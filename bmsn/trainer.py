@@ -6,6 +6,7 @@ Source: Javan et al. 2023, section 2.2: one SGD step of w_m on a training batch,
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,17 +60,42 @@ def train_step(
     Returns:
         The mean cross-entropy; where it is not finite, nothing has changed.
     """
-    row = mixture.arena.detach()[supernet]
-    leaf = row.detach().requires_grad_()
-    loss = F.cross_entropy(mixture.forward_row(leaf, images, architecture), labels)
+    return descend(
+        mixture.arena.detach()[supernet],
+        velocity[supernet],
+        lambda row: F.cross_entropy(mixture.forward_row(row, images, architecture), labels),
+        lr=lr, momentum=momentum, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def descend(
+    weights: Tensor,
+    velocity: Tensor,
+    loss_of: Callable[[Tensor], Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+) -> float:
+    """One step of momentum SGD on `weights`, in place, as `torch.optim.SGD` does it.
+
+    Args:
+        weights: changed, unless the loss or a gradient is not finite.
+        velocity: momentum buffer of the same shape, changed with them.
+        loss_of: from weights to a scalar loss.
+    Returns:
+        The loss; NaN where nothing has changed.
+    """
+    leaf = weights.detach().requires_grad_()
+    loss = loss_of(leaf)
     (gradient,) = torch.autograd.grad(loss, leaf)
     value = loss.item()
     if not math.isfinite(value) or not math.isfinite(gradient.sum().item()):
         return math.nan
     with torch.no_grad():
-        gradient.add_(row, alpha=weight_decay)
-        velocity[supernet].mul_(momentum).add_(gradient)
-        row.sub_(velocity[supernet], alpha=lr)
+        gradient.add_(weights, alpha=weight_decay)
+        velocity.mul_(momentum).add_(gradient)
+        weights.sub_(velocity, alpha=lr)
     return value
 
 

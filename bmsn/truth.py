@@ -12,6 +12,7 @@ from bmsn.data import ImageDataset
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.paths import Candidate
 from bmsn.scheduler import Outcome, Resources, TaskProgress
 from bmsn.space import Architecture, PoolKind, SearchSpace
 from bmsn.standalone import TrainingSettings, check_data
@@ -64,7 +65,7 @@ class GroundTruth:
         failed: for each network that could not be trained, as "[4,3,3] seed 0", the reason.
     """
 
-    rows: tuple[AccuracyRow, ...]
+    rows: tuple[AccuracyRow[Architecture], ...]
     failed: dict[str, str]
 
 
@@ -128,7 +129,7 @@ def check_training(space: SearchSpace, data: ImageDataset, training: TrainingSet
 
 
 def make_task(
-    space: SearchSpace, architecture: Architecture, images: Images, seed: int, training: TrainingSettings
+    space: SearchSpace, architecture: Candidate, images: Images, seed: int, training: TrainingSettings
 ) -> Task:
     return Task(
         space=space.name, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
+from bmsn.checkpoint import CheckpointStore
+from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset
+from bmsn.run import Interrupted, run_search
+from bmsn.runfolder import read_metrics
 
 TESTS = Path(__file__).parent
 
@@ -81,3 +89,35 @@ def run(*arguments: str, **environment: str) -> tuple[int, str, str]:
     process = start(*arguments, **environment)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+def resumed_and_undisturbed(config: SearchConfig, folder: Path) -> tuple[list[Any], list[Any]]:
+    """What is left of a search that was stopped twice and went on, and of one that was not: all that must be equal."""
+    outcomes = []
+    for name, stops in (("stopped", (2, 7)), ("undisturbed", ())):
+        out, stopped = folder / name, 0
+        for place, stop in enumerate((*stops, None)):
+            steps = itertools.count(1 if place == 0 else stops[place - 1] + 1)
+            asked = lambda steps=steps, stop=stop: next(steps) == stop  # noqa: E731
+            try:
+                result = run_search(replace(config, out=out, resume=place > 0), should_stop=asked)
+            except Interrupted:
+                stopped += 1
+        assert stopped == len(stops)
+        saved = CheckpointStore(out / "checkpoints").load_latest()
+        assert saved is not None
+        state = {key: value for key, value in saved[1]["loop"].items() if key != "train_seconds"}
+        records = [{k: v for k, v in r.items() if k != "train_seconds"} for r in read_metrics(out / "metrics.jsonl")]
+        outcomes.append([plain(state), records, result.ranking, result.scores, result.method, result.cost])
+    return outcomes[0], outcomes[1]
+
+
+def plain(state: Any) -> Any:
+    """Tensors and arrays as (dtype, shape, bytes), so that == compares them bit for bit."""
+    if isinstance(state, dict):
+        return {key: plain(value) for key, value in state.items()}
+    if isinstance(state, list | tuple):
+        return [plain(value) for value in state]
+    if isinstance(state, torch.Tensor):
+        state = state.numpy()
+    return (str(state.dtype), state.shape, state.tobytes()) if isinstance(state, np.ndarray) else state

@@ -149,7 +149,7 @@ def test_without_a_row_in_the_truth():
 
 
 def test_a_path_outside_the_space_is_named():
-    done = run(FIRST, path="0-0-1-2-1-1-2")
+    done = run(FIRST, resolution_path="0-0-1-2-1-1-2")
     comparison = Comparison(
         rows=(summarise_runs([done]),), paired=(), runs=(done,), failed={}, missing=("1-2-4",), num_architectures=15
     )

@@ -155,3 +155,21 @@ def test_folders_and_settings_that_cannot_be_used(spec, folder, tmp_path, capsys
     result.write_text(json.dumps(moved))
     assert "it is not the set that was asked for" in refused(run_folder, "--top", "1")
     assert not (folder / "retrain").exists()
+
+
+def test_a_path_outside_the_space_is_trained_beside_the_default(folder, capsys):
+    """As methods over resolutions find them; the path of an architecture is that architecture, in its place."""
+    flags = ["--architecture", "0-1-0-2-2-1-1", "0-0-1-1-1-2-2", "--seeds", "1"]
+    assert main([str(folder), *flags, *TRAINING]) == 0
+    printed = capsys.readouterr().out
+    rows = {row["stage_depths"]: row for row in table(folder)}
+    assert set(rows) == {"2-3-2", "3-2-2", "0-1-0-2-2-1-1"}
+    assert list(rows)[-1] == "0-1-0-2-2-1-1"
+    path = rows["0-1-0-2-2-1-1"]
+    assert path["search_rank"] == path["search_accuracy"] == ""
+    assert float(path["accuracy_mean"]) >= 0
+    assert path["n"] == "1"
+    line = next(line for line in printed.splitlines() if line.startswith("0-1-0-2-2-1-1"))
+    assert f"{int(path['macs']) / int(rows['3-2-2']['macs']):.2f}x" in line
+    assert main([str(folder), "--architecture", "0-1-3-2-2-1-1", *TRAINING]) == 2
+    assert "expected 7 resolutions in 0..2" in capsys.readouterr().err

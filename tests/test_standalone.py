@@ -10,6 +10,7 @@ import torch.nn.functional as F
 import bmsn
 import bmsn.standalone
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table
+from bmsn.paths import ResolutionPath
 from bmsn.standalone import TrainingSettings, count_correct, initial_network, train_alone
 from global_state import unchanged
 from searching import tiny_images
@@ -149,3 +150,15 @@ def test_bad_input(data):
     )  # fmt: skip
     with pytest.raises(bmsn.InputError, match="blind: has no test images"):
         train_alone(SPACE, SPACE[0], empty, SETTINGS, seed=0, device=CPU)
+
+
+def test_a_path_outside_the_space_is_trained_as_it_is(data):
+    """What a search over resolutions finds may go up again; the path of an architecture is that architecture."""
+    path = ResolutionPath((0, 1, 0, 2, 2, 1, 1))
+    settings = TrainingSettings(epochs=15, batch_size=16)
+    trained = train_alone(SPACE, path, data, settings, seed=0, device=CPU)
+    assert any(isinstance(module, torch.nn.Upsample) for module in trained.network.modules())
+    assert trained.accuracy > 60
+    assert repr(trained.network) == repr(initial_network(SPACE, path, data, 1).eval())
+    with pytest.raises(bmsn.InputError, match=r"path 0-1 does not fit resnet14-cifar10: expected 7 resolutions"):
+        train_alone(SPACE, ResolutionPath((0, 1)), data, settings, seed=0, device=CPU)

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 _METHODS = {
     "mixture": "bmsn.methods.mixture:Mixture",
     "spos": "bmsn.methods.spos:Spos",
+    "spos-unshared": "bmsn.methods.unshared:UnsharedSpos",
+    "spos-unshared-all": "bmsn.methods.unshared:UnsharedSposAll",
+    "darts": "bmsn.methods.darts:Darts",
+    "darts-unshared-same": "bmsn.methods.darts:DartsUnsharedSame",
+    "darts-unshared-random": "bmsn.methods.darts:DartsUnsharedRandom",
+    "gaea": "bmsn.methods.gaea:Gaea",
     "few-shot": "bmsn.methods.few_shot:FewShot",
     "mcts": "bmsn.methods.mcts:Mcts",
     "boltzmann": "bmsn.methods.boltzmann:Boltzmann",

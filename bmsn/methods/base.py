@@ -23,7 +23,9 @@ from bmsn.racing import Race
 from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
-OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race", "warm_up", "ucb_constant")
+OPTIONAL_SETTINGS = (
+    "refresh_every", "score_every", "evaluate_top", "race", "norm", "warm_up", "ucb_constant", "alpha_lr",
+)  # fmt: skip
 
 
 @dataclass
@@ -206,6 +208,10 @@ class Method(ABC):
     def findings(self) -> dict[str, Any]:
         """As `Sampler.findings`."""
         return {}
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about what it found, which stand below the table."""
+        return ()
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:

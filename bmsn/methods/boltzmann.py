@@ -114,7 +114,7 @@ class Boltzmann(SupernetMethod):
     by_accuracy: ClassVar[bool] = False
     ranked_by: ClassVar[str] = "the moving average of validation accuracies"
     estimate: ClassVar[str] = "a[c]"
-    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "warm_up"})
+    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "norm", "warm_up"})
 
     @classmethod
     def make_sampler(cls, problem: Problem) -> BoltzmannSampler:

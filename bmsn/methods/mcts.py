@@ -164,7 +164,7 @@ class Mcts(SupernetMethod):
     by_accuracy: ClassVar[bool] = False
     ranked_by: ClassVar[str] = "visits in the tree, from its root down"
     estimate: ClassVar[str] = "reward"
-    settings: ClassVar[frozenset[str]] = frozenset({"score_every", "evaluate_top", "warm_up", "ucb_constant"})
+    settings: ClassVar[frozenset[str]] = frozenset({"score_every", "evaluate_top", "norm", "warm_up", "ucb_constant"})
 
     @classmethod
     def make_sampler(cls, problem: Problem) -> MctsSampler:

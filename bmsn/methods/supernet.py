@@ -33,7 +33,7 @@ class SupernetMethod(Method):
         sampler: says which architecture trains in which supernet.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "race"})
+    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "race", "norm"})
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
