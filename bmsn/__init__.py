@@ -15,6 +15,7 @@ from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.latency import Latency, measure_latency
 from bmsn.mixture import BalancedMixture
 from bmsn.network import SupernetMixture, build_network, build_path_network
 from bmsn.ops.balance import balance
@@ -39,6 +40,7 @@ __all__ = [
     "ImageDataset",
     "InputError",
     "Interrupted",
+    "Latency",
     "Race",
     "ResolutionPath",
     "Resources",
@@ -54,6 +56,7 @@ __all__ = [
     "balance",
     "build_network",
     "build_path_network",
+    "measure_latency",
     "methods",
     "open_dataset",
     "race",

@@ -20,7 +20,7 @@ from bmsn.errors import InputError
 RESERVED = {
     "space": "--space", "data": "--data", "pool": "--pool", "epochs": "--budget, the same for all methods",
     "seed": "--seeds and --first-seed", "device": "--device", "truth": "--truth", "out": "--out",
-    "method": "the name in front of the colon", "resume": "", "checkpoint_every": "", "tensorboard": "",
+    "method": "the name in front of the colon", "resume": "", "checkpoint_every": "", "tensorboard": "", "latency": "",
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
-from bmsn.paths import Candidate, ResolutionPath, find_candidate
+from bmsn.paths import Candidate, find_candidate
 from bmsn.result import RankedArchitecture, SearchResult
 from bmsn.scheduler import Resources, TaskProgress
 from bmsn.space import SearchSpace
@@ -140,5 +140,7 @@ def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> 
         named = [*ranked[: config.top], *(find_candidate(space, text) for text in found)]
     else:
         named = [find_candidate(space, text) for text in config.architecture]
-    paths = dict.fromkeys(path for path in named if isinstance(path, ResolutionPath))
-    return [*(architecture for architecture in ranked if architecture in (*named, space.default)), *paths]
+    wanted = (*named, space.default)
+    # Not ranked: paths, and architectures above the search's max_macs.
+    others = dict.fromkeys(each for each in wanted if each not in ranked)
+    return [*(architecture for architecture in ranked if architecture in wanted), *others]

@@ -32,6 +32,7 @@ def search_result(accuracy: dict[str, float], method: str = "mixture", **method_
         RankedArchitecture(
             rank=rank, architecture=SPACE.find(slug), accuracy=accuracy[slug] / 100, standard_error=0.0,
             images_seen=1000, supernet=0, macs=MACS[slug], macs_ratio=MACS[slug] / 100, ema_accuracy=0.5, ema_rank=1,
+            pareto=False,
         )
         for rank, slug in enumerate(sorted(accuracy, key=lambda slug: -accuracy[slug]), start=1)
     ]  # fmt: skip
