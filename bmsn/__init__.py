@@ -10,10 +10,12 @@ net = bmsn.build_network(space, result.best.architecture)
 
 from bmsn import methods
 from bmsn.backend import backend_report
+from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
 from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.latency import Latency, measure_latency
 from bmsn.mixture import BalancedMixture
 from bmsn.network import SupernetMixture, build_network, build_path_network
 from bmsn.ops.balance import balance
@@ -31,11 +33,14 @@ from bmsn.truth import GroundTruthConfig, run_ground_truth
 __all__ = [
     "Architecture",
     "BalancedMixture",
+    "Comparison",
+    "ComparisonConfig",
     "EvaluationPlan",
     "GroundTruthConfig",
     "ImageDataset",
     "InputError",
     "Interrupted",
+    "Latency",
     "Race",
     "ResolutionPath",
     "Resources",
@@ -51,9 +56,11 @@ __all__ = [
     "balance",
     "build_network",
     "build_path_network",
+    "measure_latency",
     "methods",
     "open_dataset",
     "race",
+    "run_comparison",
     "run_ground_truth",
     "run_retraining",
     "run_search",

@@ -75,7 +75,7 @@ def accuracy_rows(
     architectures: Sequence[_C],
     data: ImageDataset,
     tasks: Sequence[Task],
-    outcome: Outcome,
+    outcome: Outcome[TaskResult],
 ) -> list[AccuracyRow[_C]]:
     """One row for each of `architectures`, in their order, over the results of its tasks."""
     classes, channels = data.num_classes, data.in_channels

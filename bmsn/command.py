@@ -1,4 +1,4 @@
-"""What the commands that train networks alone have in common: exit codes, signals, and lines of progress."""
+"""What the commands that share out tasks have in common: exit codes, signals, and lines of progress."""
 
 from __future__ import annotations
 
@@ -18,9 +18,14 @@ _LINE_SECONDS = 30  # from one line of progress to the next
 
 
 class ProgressLines:
-    """Shows how far all tasks are on stderr, every 30 s; each network that is finished has a line besides."""
+    """Shows how far all tasks are on stderr, every 30 s; each one that is finished has a line besides.
 
-    def __init__(self) -> None:
+    Args:
+        noun: what they are.
+    """
+
+    def __init__(self, noun: str = "networks") -> None:
+        self._noun = noun
         self._started = self._shown = time.monotonic()
 
     def __call__(self, progress: TaskProgress) -> None:
@@ -30,7 +35,7 @@ class ProgressLines:
         self._shown = now
         failed = f", {progress.failed} failed" if progress.failed else ""
         left = "" if progress.seconds_left is None else f", left {_clock(progress.seconds_left)}"
-        line = f"{progress.finished} of {progress.total} networks{failed}; took {_clock(now - self._started)}{left}"
+        line = f"{progress.finished} of {progress.total} {self._noun}{failed}; took {_clock(now - self._started)}{left}"
         print(line, file=sys.stderr, flush=True)
 
 
@@ -40,20 +45,23 @@ def _clock(seconds: float) -> str:
 
 
 def run_command(
-    program: str, run: Callable[[Callable[[], bool], Callable[[TaskProgress], None]], tuple[str, Mapping[str, str]]]
+    program: str,
+    run: Callable[[Callable[[], bool], Callable[[TaskProgress], None]], tuple[str, Mapping[str, str]]],
+    noun: str = "networks",
 ) -> int:
     """Runs a command; returns its exit code (the README lists them).
 
     Args:
         program: for messages.
-        run: takes `should_stop` and `progress`; returns what to print, and the networks that failed with their reasons.
+        run: takes `should_stop` and `progress`; returns what to print, and the tasks that failed with their reasons.
+        noun: what the tasks are.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("bmsn").setLevel(logging.INFO)
     signals = SignalFlag()
     try:
         with signals:
-            text, failed = run(lambda: signals.signal_number is not None, ProgressLines())
+            text, failed = run(lambda: signals.signal_number is not None, ProgressLines(noun))
         print(text)
         sys.stdout.flush()
     except Interrupted as stopped:

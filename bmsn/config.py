@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from bmsn import methods
+from bmsn.cost import parse_max_macs
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.space import PoolKind, SearchSpace
@@ -64,6 +65,8 @@ class SearchConfig:
         alpha_lr: learning rate of alpha in darts and gaea; None: the method's own.
         pool: how a layer downsamples; None: as the space says.
         device: where to compute; auto: CUDA where there is a GPU.
+        max_macs: propose and rank no architecture of more multiply-accumulates for one image: 1.0x, relative to the
+            default architecture, or 40M.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
@@ -73,6 +76,7 @@ class SearchConfig:
         evaluate_top: score only the K best by a[c,m]; 0: all.
         race: find the K best without scoring the others on every image; 0: all see all images.
         confidence: probability that the K which the race finds are the K best on the whole validation half.
+        latency: measure how long each architecture's network takes on this device, at batch 1 and 256.
         truth: stand-alone accuracies to compare with: "paper" or a CSV file.
         out: run folder; None: nothing is written.
         resume: go on with the run in `out`.
@@ -99,6 +103,7 @@ class SearchConfig:
     alpha_lr: float | None = None
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    max_macs: str | None = None
     seed: int = 0
     fast_eval: bool = False
     norm: Literal["batch", "calibrated"] = "batch"
@@ -107,6 +112,7 @@ class SearchConfig:
     evaluate_top: int = 0
     race: int = 0
     confidence: float = 0.95
+    latency: bool = False
     truth: str | None = None
     out: Path | None = None
     resume: bool = False
@@ -139,6 +145,8 @@ class SearchConfig:
                 raise InputError(f"{name} must be in [{low}, {high}]; got {value}")
         if isinstance(self.balance_every, int) and self.balance_every < 1:
             raise InputError(f"balance_every must be at least 1 or 'epoch'; got {self.balance_every}")
+        if self.max_macs is not None:
+            parse_max_macs(self.max_macs)
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence must be in (0, 1); got {self.confidence}")
         if self.race and self.score == "pairs":

@@ -5,23 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from bmsn.errors import InputError
 from bmsn.run import Interrupted
 from bmsn.scheduler import Outcome, Resources, Tally, TaskProgress, run_local
-from bmsn.tasks import Task, TaskStore
+from bmsn.tasks import R, Store, W
 
 _POLL_SECONDS = 5  # between looks at jobs and at the folder
 
 
 def run_tasks(
-    tasks: Sequence[Task],
-    folder: Path,
+    tasks: Sequence[W],
+    store: Store[W, R],
     resources: Resources,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[TaskProgress], None] = lambda progress: None,
-) -> Outcome:
+) -> Outcome[R]:
     """Does what is not done yet; arguments and errors are those of `run_local`.
 
     With `executor="submitit"`, each of `workers` jobs takes one task after the other from the folder, which all
@@ -31,30 +30,29 @@ def run_tasks(
         InputError: also for submitit where it is not installed, and for settings that it does not know.
     """
     run = _run_on_cluster if resources.executor == "submitit" else run_local
-    return run(tasks, folder, resources, should_stop, progress)
+    return run(tasks, store, resources, should_stop, progress)
 
 
 def _run_on_cluster(
-    tasks: Sequence[Task],
-    folder: Path,
+    tasks: Sequence[W],
+    store: Store[W, R],
     resources: Resources,
     should_stop: Callable[[], bool],
     progress: Callable[[TaskProgress], None],
-) -> Outcome:
+) -> Outcome[R]:
     try:
         import submitit
     except ImportError as error:
         raise InputError("executor submitit needs the submitit package: pip install 'bmsn[submitit]'") from error
-    store = TaskStore(folder)
     tally = Tally(tasks, store)
-    executor = submitit.AutoExecutor(folder=str(folder / "jobs"))
+    executor = submitit.AutoExecutor(folder=str(store.folder / "jobs"))
     try:
         executor.update_parameters(name="bmsn", **slurm_parameters(resources.slurm))
     except (NameError, TypeError, ValueError) as error:
         raise InputError(f"slurm: {error}") from error
     here = replace(resources, executor="local", workers=1, slurm="")
     num_jobs = min(resources.workers, len(tally.missing))
-    jobs = [executor.submit(run_local, tasks, folder, here) for _ in range(num_jobs)]
+    jobs = [executor.submit(run_local, tasks, store, here) for _ in range(num_jobs)]
     while not all(job.done() for job in jobs):
         if should_stop():
             for job in jobs:
@@ -76,7 +74,7 @@ def _run_on_cluster(
     return Outcome(results=tally.results, failed={task.name: reasons.get(task.name, without) for task in tally.missing})
 
 
-def _look(tally: Tally, store: TaskStore) -> None:
+def _look(tally: Tally[W, R], store: Store[W, R]) -> None:
     for task in tally.missing:
         if (result := store.result(task)) is not None:
             tally.add(task, result)

@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 from bmsn import methods
 from bmsn.config import SearchConfig
 from bmsn.correlation import agreement, load_truth
+from bmsn.cost import pareto_front, within_macs
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, split_halves
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores
@@ -55,12 +57,19 @@ class SearchLoop:
                 f"data {config.data}: images of {data.image_size} pixels; "
                 f"{config.space} needs a multiple of {self.space.total_stride}"
             )
-        if config.evaluate_top > len(self.space):
+        self.macs = tuple(
+            self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space
+        )
+        # What the method sees: it numbers the architectures that are left anew.
+        self.searched = list(self.space)
+        if config.max_macs is not None:
+            self.searched = within_macs(self.space, self.macs, config.max_macs)
+        if config.evaluate_top > len(self.searched):
             raise InputError(
-                f"evaluate_top must be at most {len(self.space)}, the architectures of {config.space}; "
+                f"evaluate_top must be at most {len(self.searched)}, the architectures of {config.space}; "
                 f"got {config.evaluate_top}"
             )
-        num_scored = config.evaluate_top or len(self.space)
+        num_scored = config.evaluate_top or len(self.searched)
         if config.race > num_scored:
             raise InputError(f"race must be at most {num_scored}, the architectures scored; got {config.race}")
         self.truth = load_truth(config.truth, self.space) if config.truth else None
@@ -79,13 +88,18 @@ class SearchLoop:
         )  # fmt: skip
         self.steps_per_epoch = self.train_stream.steps_per_epoch
         self.num_steps = config.epochs * self.steps_per_epoch if method.trains else 0
-        self.macs = tuple(
-            self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space
-        )
         self.problem = Problem(
-            config=config, space=self.space, data=data, train=self.train_stream, validation=validation_stream,
-            table=table, device=self.device, dtype=self.dtype, num_steps=self.num_steps, macs=self.macs,
-        )  # fmt: skip
+            config=config,
+            space=self.space.restricted(self.searched),
+            data=data,
+            train=self.train_stream,
+            validation=validation_stream,
+            table=table,
+            device=self.device,
+            dtype=self.dtype,
+            num_steps=self.num_steps,
+            macs=tuple(self.macs[a.index] for a in self.searched),
+        )
         self.method = method(self.problem)
         self.step = 0
         self.nan_steps = self.nan_in_a_row = 0
@@ -159,7 +173,7 @@ class SearchLoop:
         if config.score == "pairs":
             pairs = self.method.pairs()
         else:
-            pairs = [(a, int(own.supernet[a.index])) for a in self.space if own.supernet[a.index] >= 0]
+            pairs = [(a, int(own.supernet[a.index])) for a in self.problem.space if own.supernet[a.index] >= 0]
         order = own.order.tolist()
         if config.evaluate_top:
             pairs = [(a, m) for a, m in pairs if a.index in order[: config.evaluate_top]]
@@ -187,25 +201,28 @@ class SearchLoop:
             return seen < scores.total, seen == 0, -correct / max(1, seen), int(place[a.index])
 
         rows = []
-        for rank, a in enumerate(sorted(self.space, key=key), start=1):
+        for rank, a in enumerate(sorted(self.problem.space, key=key), start=1):
             correct, seen, supernet = counts.get(a.index, (0, 0, int(own.supernet[a.index])))
             accuracy = correct / seen if seen else None
             estimate = float(own.estimate[a.index])
             rows.append(
                 RankedArchitecture(
                     rank=rank,
-                    architecture=a,
+                    architecture=self.searched[a.index],
                     accuracy=accuracy,
                     standard_error=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / seen),
                     images_seen=seen,
                     supernet=supernet if supernet >= 0 else None,
-                    macs=self.macs[a.index],
-                    macs_ratio=self.macs[a.index] / self.macs[self.space.default.index],
+                    macs=self.problem.macs[a.index],
+                    macs_ratio=self.problem.macs[a.index] / self.macs[self.space.default.index],
                     ema_accuracy=None if math.isnan(estimate) else estimate,
                     ema_rank=None if math.isnan(estimate) else int(by_estimate[a.index]) + 1,
+                    pareto=False,  # until all rows are there
                 )
             )
-        return tuple(rows)
+        accuracies = [row.accuracy if row.images_seen == scores.total else None for row in rows]
+        front = pareto_front(accuracies, [row.macs for row in rows])
+        return tuple(replace(row, pareto=on_it) for row, on_it in zip(rows, front, strict=True))
 
     def against_truth(self, ranked: Sequence[RankedArchitecture]) -> dict[str, Any]:
         """Agreement of the ranking, of the final scoring, of the estimates and of MACs alone with the truth; empty
@@ -216,7 +233,7 @@ class SearchLoop:
         """
         if self.truth is None:
             return {}
-        macs = dict(enumerate(map(float, self.macs)))
+        macs = {row.architecture.index: float(row.macs) for row in ranked}
         whole = [row for row in ranked if row.images_seen == len(self.validation)]
         accuracy = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
         order = {row.architecture.index: -float(row.rank) for row in ranked}
@@ -226,7 +243,7 @@ class SearchLoop:
             "accuracy": agreement(accuracy, self.truth, macs),
             "ema": agreement(ema, self.truth, macs),
             "macs": agreement(macs, self.truth, macs) | {"partial_kendall": None},
-            "missing": [a.slug for a in self.space if a.index not in self.truth],
+            "missing": [a.slug for a in self.searched if a.index not in self.truth],
         }
 
     # Saving and going on. ---------------------------------------------------------------------------------------------

@@ -6,13 +6,14 @@ import csv
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from bmsn.cost import pareto_front
 from bmsn.errors import InputError
 from bmsn.space import Architecture, SearchSpace
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 CSV_COLUMNS = (
     "rank",
     "architecture",
@@ -24,6 +25,7 @@ CSV_COLUMNS = (
     "ema_rank",
     "macs",
     "images_seen",
+    "pareto",
 )
 
 
@@ -42,6 +44,7 @@ class RankedArchitecture:
         macs: multiply-accumulates for one image; macs_ratio: relative to the space's default architecture.
         ema_accuracy: a[c, m*], the moving average from training, or another method's own estimate, larger is better;
             None: it has none. ema_rank: place by it.
+        pareto: whether it is on the front of `accuracy` against `macs`, among those scored on all images.
     """
 
     rank: int
@@ -54,6 +57,7 @@ class RankedArchitecture:
     macs_ratio: float
     ema_accuracy: float | None
     ema_rank: int | None
+    pareto: bool
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; `architecture` as 4-3-3, `index` from 1."""
@@ -77,6 +81,7 @@ class SearchResult:
         method: ranked_by and estimate, what `rank` and `ema_accuracy` are in words, and what that method alone found.
         truth: agreement with stand-alone accuracies where `truth` was given, else empty: of the ranking, of the
             accuracy of the final scoring, of the estimates (ema) and of MACs alone.
+        latency: of the networks trained alone, where it was asked for, else empty (`bmsn.latency.Latency.as_dict`).
         notes: what the reader must know, such as updates skipped for a loss that was not finite.
     """
 
@@ -89,6 +94,7 @@ class SearchResult:
     cost: dict[str, int]
     method: dict[str, Any]
     truth: dict[str, Any]
+    latency: dict[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property
@@ -106,9 +112,7 @@ class SearchResult:
     def from_json(cls, text: str, source: str) -> SearchResult:
         """Read back what `to_json` wrote. Raises InputError for another schema or a damaged file; `source` names it."""
         try:
-            content = json.loads(text)
-            if content["schema_version"] != SCHEMA_VERSION:
-                raise InputError(f"{source}: schema_version must be {SCHEMA_VERSION}; got {content['schema_version']}")
+            content = _upgraded(json.loads(text), source)
             space = SearchSpace.named(content["config"]["space"], pool=content["config"]["pool"])
             rows = [
                 RankedArchitecture(
@@ -125,10 +129,23 @@ class SearchResult:
     def to_csv(self) -> str:
         """The content of ranking.csv."""
         text = io.StringIO()
-        writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
+        columns = [*CSV_COLUMNS, *(f"latency_ms_{size}" for size in self._batch_sizes)]
+        writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows({k: "" if v is None else v for k, v in row.as_dict().items()} for row in self.ranking)
+        for row in self.ranking:
+            cells = {k: "" if v is None else v for k, v in row.as_dict().items()}
+            times = {f"latency_ms_{size}": f"{self._latency(row, size):.4f}" for size in self._batch_sizes}
+            writer.writerow(cells | times)
         return text.getvalue()
+
+    @property
+    def _batch_sizes(self) -> list[str]:
+        """Those that latency was measured at."""
+        return list(self.latency.get("spread", {}))
+
+    def _latency(self, row: RankedArchitecture, batch_size: str) -> float:
+        """Median in milliseconds."""
+        return self.latency["milliseconds"][row.architecture.slug][batch_size][1]
 
     def to_table(self) -> str:
         """The table that `python -m bmsn.search` prints."""
@@ -140,6 +157,7 @@ class SearchResult:
         raced = any(0 < row.images_seen < self.scores["total"] for row in self.ranking)
         if raced:
             lines[0] += f"  {'images':>7}"
+        lines[0] += "".join(f"  {f'ms at {size}':>9}" for size in self._batch_sizes)
         for row in self.ranking:
             accuracy = (
                 "not scored"
@@ -150,11 +168,16 @@ class SearchResult:
             supernet = "-" if row.supernet is None else row.supernet
             lines.append(
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {supernet:>8}  "
-                f"{row.macs_ratio:>5.2f}x  {ema:>11}" + (f"  {row.images_seen:>7}" if raced else "")
+                f"{row.macs_ratio:>5.2f}x{'*' if row.pareto else ' '} {ema:>11}"
+                + (f"  {row.images_seen:>7}" if raced else "")
+                + "".join(f"  {self._latency(row, size):>9.2f}" for size in self._batch_sizes)
             )
-        where = "No architecture was scored by itself." if self.cost["training_images"] else "Nothing was trained."
+        where = "No architecture was scored by itself." if self.cost.get("training_images") else "Nothing was trained."
         if any(row.accuracy is not None for row in self.ranking):
             where = "Accuracies are within a supernet, on the validation half; not after retraining."
+        front = sum(row.pareto for row in self.ranking)
+        if front:
+            where += f" *: Pareto front, the {front} that no other is as cheap and more accurate than."
         best, total = self.best, self.timings["total_seconds"]
         positions = ", ".join(map(str, best.architecture.pool_positions))
         lines += [
@@ -164,7 +187,8 @@ class SearchResult:
             f"{self.data['name']}: {total:.0f} s in all, training {self.timings['train_seconds']:.0f} s "
             f"({self.timings['train_images_per_second']:.0f} images/s), scoring {self.timings['score_seconds']:.1f} s.",
         ]
-        return "\n".join(lines + self._truth_lines() + list(self.notes))
+        latency = [self.latency["note"]] if self.latency else []
+        return "\n".join(lines + latency + self._truth_lines() + list(self.notes))
 
     def _truth_lines(self) -> list[str]:
         if not self.truth:
@@ -177,8 +201,8 @@ class SearchResult:
         own = f"by {self.method['estimate']}"
         labels = {"ranking": "this ranking", "accuracy": "by accuracy", "ema": own, "macs": "by MACs alone"}
         for name, label in labels.items():
-            figures = self.truth[name]
-            if figures["n"] == 0 or (name == "accuracy" and figures == self.truth["ranking"]):
+            figures = self.truth.get(name)  # older results lack that by accuracy
+            if figures is None or figures["n"] == 0 or (name == "accuracy" and figures == self.truth["ranking"]):
                 continue
             cells = [
                 _number(figures[key], width)
@@ -189,6 +213,24 @@ class SearchResult:
         if self.truth["missing"]:
             lines.append(f"without a row in the truth: {', '.join(self.truth['missing'])}")
         return lines
+
+
+def _upgraded(content: dict[str, Any], source: str) -> dict[str, Any]:
+    """The content of a result.json of any schema from 2 on as that of the present one."""
+    version = content["schema_version"]
+    if version not in range(2, SCHEMA_VERSION + 1):
+        raise InputError(f"{source}: schema_version must be in 2..{SCHEMA_VERSION}; got {version}")
+    if version < 3:  # the mixture was the only method, and its cost was not counted
+        content["config"]["method"] = "mixture"
+        content["cost"] = {}
+        content["method"] = {"ranked_by": "validation accuracy", "estimate": "a[c,m]"}
+    if version < 4:
+        rows, total = content["ranking"], content["scores"]["total"]
+        accuracies = [row["accuracy"] if row["images_seen"] == total else None for row in rows]
+        for row, pareto in zip(rows, pareto_front(accuracies, [row["macs"] for row in rows]), strict=True):
+            row["pareto"] = pareto
+        content["latency"] = {}
+    return content
 
 
 def _number(value: float | None, width: int) -> str:

@@ -9,12 +9,12 @@ from pathlib import Path
 from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
-from bmsn.paths import Candidate, ResolutionPath, find_candidate
+from bmsn.paths import Candidate, find_candidate
 from bmsn.result import RankedArchitecture, SearchResult
 from bmsn.scheduler import Resources, TaskProgress
 from bmsn.space import SearchSpace
 from bmsn.standalone import TrainingSettings
-from bmsn.tasks import Images
+from bmsn.tasks import Images, TaskStore
 from bmsn.truth import check_seeds, check_training, failures, make_task
 
 
@@ -99,7 +99,7 @@ def run_retraining(
     check_training(space, data, config.training)
     seeds = range(config.seeds)
     tasks = [make_task(space, a, images, seed, config.training) for seed in seeds for a in chosen]
-    outcome = run_tasks(tasks, config.run / "retrain", config.resources, should_stop, progress)
+    outcome = run_tasks(tasks, TaskStore(config.run / "retrain"), config.resources, should_stop, progress)
     searched: dict[Candidate, RankedArchitecture] = {row.architecture: row for row in result.ranking}
     rows = [
         RetrainedRow(alone=row, searched=searched.get(row.architecture), is_default=row.architecture == space.default)
@@ -140,5 +140,7 @@ def _chosen(config: RetrainConfig, result: SearchResult, space: SearchSpace) -> 
         named = [*ranked[: config.top], *(find_candidate(space, text) for text in found)]
     else:
         named = [find_candidate(space, text) for text in config.architecture]
-    paths = dict.fromkeys(path for path in named if isinstance(path, ResolutionPath))
-    return [*(architecture for architecture in ranked if architecture in (*named, space.default)), *paths]
+    wanted = (*named, space.default)
+    # Not ranked: paths, and architectures above the search's max_macs.
+    others = dict.fromkeys(each for each in wanted if each not in ranked)
+    return [*(architecture for architecture in ranked if architecture in wanted), *others]

@@ -12,6 +12,7 @@ from bmsn.config import FilledConfig, SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError
 from bmsn.evaluator import Scores
+from bmsn.latency import Latency, measure_latency
 from bmsn.loop import SearchLoop
 from bmsn.racing import Race, images_seen
 from bmsn.result import SearchResult
@@ -21,7 +22,7 @@ from bmsn.space import SearchSpace
 _log = logging.getLogger("bmsn.search")
 
 # How a run is stored and shown, not what it computes.
-_NOT_COMPARED = ("checkpoint_every", "tensorboard")
+_NOT_COMPARED = ("checkpoint_every", "tensorboard", "latency")
 
 
 class Interrupted(Exception):
@@ -147,6 +148,7 @@ def _search(
     scores = loop.score()
     ranked = loop.rank(scores)
     finished = time.perf_counter()
+    latency = _latency(loop) if config.latency else None
     result = SearchResult(
         ranking=ranked,
         config=config.as_dict(),
@@ -176,6 +178,7 @@ def _search(
         cost=loop.method.cost.as_dict(),
         method={"ranked_by": loop.method.ranked_by, "estimate": loop.method.estimate} | loop.method.findings(),
         truth=loop.against_truth(ranked),
+        latency={} if latency is None else latency.as_dict(),
         notes=_notes(loop, scores),
     )
     if folder is not None:
@@ -193,6 +196,14 @@ def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
             "An accuracy on fewer images ranks below those on all of them; only the latter are compared with a truth."
         )
     return (*notes, *loop.method.notes())
+
+
+def _latency(loop: SearchLoop) -> Latency:
+    data = loop.data
+    return measure_latency(
+        loop.space, loop.searched, num_classes=data.num_classes, in_channels=data.in_channels,
+        image_size=data.image_size, device=loop.config.device,
+    )  # fmt: skip
 
 
 def _how_to_go_on(config: SearchConfig) -> str:

@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
-from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal
 
 import torch
 
 from bmsn.errors import InputError, RunStopped
 from bmsn.run import Interrupted
-from bmsn.tasks import TOUCH_SECONDS, Task, TaskResult, TaskStore
+from bmsn.tasks import TOUCH_SECONDS, R, Store, W
 from bmsn.trainer import resolve_device
 from bmsn.worker import Worker
 
@@ -74,33 +73,30 @@ class TaskProgress:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Outcome:
+class Outcome(Generic[R]):
     """Results by task name, and for each task without one the reason."""
 
-    results: dict[str, TaskResult]
+    results: dict[str, R]
     failed: dict[str, str]
 
 
-class Tally:
+class Tally(Generic[W, R]):
     """What is finished, and how long the rest takes at the speed so far; networks cost in proportion to their MACs."""
 
-    def __init__(self, tasks: Sequence[Task], store: TaskStore) -> None:
+    def __init__(self, tasks: Sequence[W], store: Store[W, R]) -> None:
         self.tasks, self.results = tasks, {t.name: r for t in tasks if (r := store.result(t)) is not None}
         self._macs = sum(task.macs for task in tasks)
         self._done = self._done_before = sum(task.macs for task in tasks if task.name in self.results)
         self._started = time.monotonic()
 
     @property
-    def missing(self) -> list[Task]:
+    def missing(self) -> list[W]:
         return [task for task in self.tasks if task.name not in self.results]
 
-    def add(self, task: Task, result: TaskResult) -> None:
+    def add(self, task: W, result: R) -> None:
         self.results[task.name] = result
         self._done += task.macs
-        _LOG.info(
-            "%d of %d: %s: %.2f %%, %.0f s",
-            len(self.results), len(self.tasks), task.label, result.accuracy, result.seconds,
-        )  # fmt: skip
+        _LOG.info("%d of %d: %s: %s", len(self.results), len(self.tasks), task.label, result.summary)
 
     def progress(self, failed: int = 0, macs_under_way: float = 0.0) -> TaskProgress:
         here = self._done - self._done_before + macs_under_way
@@ -110,12 +106,12 @@ class Tally:
 
 
 def run_local(
-    tasks: Sequence[Task],
-    folder: Path,
+    tasks: Sequence[W],
+    store: Store[W, R],
     resources: Resources,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[TaskProgress], None] = lambda progress: None,
-) -> Outcome:
+) -> Outcome[R]:
     """Does what is not done yet in processes of this machine, and waits for what other machines have under way.
 
     A task whose process crashes, raises or hangs is tried twice more. A script that calls this needs the usual
@@ -123,23 +119,22 @@ def run_local(
 
     Args:
         tasks: in the order in which they are begun.
-        folder: of the `TaskStore`.
+        store: where their results are kept.
         resources: processes, device, time limit.
         should_stop: asked about once a second; True ends the processes and raises Interrupted.
         progress: called about once a second.
     Raises:
-        InputError: the folder, the device, or images that a process finds to be others.
+        InputError: the device, or images that a process finds to be others.
         RunStopped: processes cannot be started.
         Interrupted: `should_stop` said so; what is finished is kept.
     """
     device = resolve_device(resources.device).type
-    store = TaskStore(folder)
     scheduler = _Scheduler(tasks, store, resources, device)
     try:
         while not scheduler.is_done:
             if should_stop():
                 raise Interrupted(
-                    f"interrupted with {len(scheduler.tally.results)} of {len(tasks)} networks trained; "
+                    f"interrupted with {len(scheduler.tally.results)} of {len(tasks)} {scheduler.store.noun}; "
                     "the same command goes on"
                 )
             scheduler.advance()
@@ -149,10 +144,10 @@ def run_local(
     return scheduler.outcome()
 
 
-class _Scheduler:
+class _Scheduler(Generic[W, R]):
     """Hands tasks to workers, listens to them, replaces those that fail."""
 
-    def __init__(self, tasks: Sequence[Task], store: TaskStore, resources: Resources, device: str) -> None:
+    def __init__(self, tasks: Sequence[W], store: Store[W, R], resources: Resources, device: str) -> None:
         self.store, self.timeout, self.tally = store, resources.timeout, Tally(tasks, store)
         self.queue = self.tally.missing
         self.failed: dict[str, str] = {}
@@ -160,9 +155,10 @@ class _Scheduler:
         self.seconds: list[float] = []  # of tasks finished here
         self.touched = time.monotonic()
         places = min(resources.workers, len(self.queue))
-        threads = max(1, torch.get_num_threads() // max(1, places))
+        # By all tasks, not by those that are left: a run that was killed goes on with as many threads as before.
+        threads = max(1, torch.get_num_threads() // max(1, min(resources.workers, len(tasks))))
         gpus = torch.cuda.device_count() if device == "cuda" else 0
-        self.workers = [Worker(f"cuda:{n % gpus}" if gpus else "cpu", threads) for n in range(places)]
+        self.workers: list[Worker[W]] = [Worker(f"cuda:{n % gpus}" if gpus else "cpu", threads) for n in range(places)]
 
     @property
     def is_done(self) -> bool:
@@ -172,7 +168,7 @@ class _Scheduler:
         under_way = sum(worker.share * worker.task.macs for worker in self.workers if worker.task is not None)
         return self.tally.progress(len(self.failed), under_way)
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> Outcome[R]:
         for task in self.tally.missing:
             if (result := self.store.result(task)) is not None:  # another machine had more luck
                 self.tally.add(task, result)
@@ -204,7 +200,7 @@ class _Scheduler:
             if worker.task is not None:
                 self.store.release(worker.task)
 
-    def _claim_next(self) -> Task | None:
+    def _claim_next(self) -> W | None:
         """The first task that nobody has; those found finished by others are entered on the way."""
         for task in list(self.queue):
             claimed = self.store.claim(task)
@@ -219,7 +215,7 @@ class _Scheduler:
                 self.tally.add(task, result)
         return None
 
-    def _listen(self, worker: Worker) -> None:
+    def _listen(self, worker: Worker[W]) -> None:
         task = worker.task
         try:
             kind, content = worker.receive()
@@ -251,7 +247,7 @@ class _Scheduler:
             case "error":
                 self._fail(worker, content)
 
-    def _fail(self, worker: Worker, reason: str, *, final: bool = False) -> None:
+    def _fail(self, worker: Worker[W], reason: str, *, final: bool = False) -> None:
         """Puts the task back, or gives it up, and ends the process: it may be in any state."""
         task, worker.task = worker.task, None
         worker.stop()

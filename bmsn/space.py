@@ -7,13 +7,13 @@ belong to the layer and not to the resolution, so all architectures of a space s
 
 from __future__ import annotations
 
+import copy
 import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, pairwise
-from math import comb
 from typing import Literal, get_args
 
 from bmsn.errors import InputError
@@ -204,8 +204,24 @@ class SearchSpace(Sequence[Architecture]):
         bounds = (0, *positions, self.num_layers)
         return tuple(after - before for before, after in pairwise(bounds))
 
+    @cached_property
+    def _by_positions(self) -> dict[tuple[int, ...], Architecture]:
+        return {a.pool_positions: a for a in self._architectures}
+
+    def restricted(self, architectures: Sequence[Architecture]) -> SearchSpace:
+        """The same space with these of its architectures alone, numbered anew from 0.
+
+        `default` stays the one it was, with the number it had, whether it is among them or not.
+        """
+        space = copy.copy(self)
+        vars(space).pop("_by_positions", None)
+        vars(space)["_architectures"] = tuple(
+            Architecture(index, a.pool_positions, a.stage_depths) for index, a in enumerate(architectures)
+        )
+        return space
+
     def __len__(self) -> int:
-        return comb(self.num_layers - 1, self.num_pools)
+        return len(self._architectures)
 
     def __iter__(self) -> Iterator[Architecture]:
         return iter(self._architectures)
@@ -231,14 +247,9 @@ class SearchSpace(Sequence[Architecture]):
                 f"architecture {depths} is not in {self.name}: expected {self.num_pools + 1} stage depths "
                 f"of at least 1 that sum to {self.num_layers}"
             )
-        # Rank of a combination in lexicographic order: those that differ first at place k by a smaller element come
-        # before.
-        index, previous = 0, 0
-        for place, position in enumerate(positions):
-            for smaller in range(previous + 1, position):
-                index += comb(self.num_layers - 1 - smaller, self.num_pools - place - 1)
-            previous = position
-        return Architecture(index, positions, depths)
+        if positions not in self._by_positions:
+            raise InputError(f"architecture {depths} is not among the {len(self)} of {self.name} that are left")
+        return self._by_positions[positions]
 
     def check(self, architecture: Architecture) -> None:
         """Raise InputError unless `architecture` belongs to this space."""

@@ -1,4 +1,4 @@
-"""Networks to train alone, and the folder in which any number of machines share them out.
+"""Tasks, such as a network to train alone, and the folder in which any number of machines share them out.
 
 A task's result is one file, named by the hash of what determines it, that appears whole or not at all: what is there is
 done, whoever did it. A claim keeps two processes from the same task. It is a file too, for `flock` does not reach
@@ -15,11 +15,14 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
+
+import torch
 
 from bmsn.checkpoint import write_atomically
 from bmsn.data import ImageDataset, open_dataset
@@ -28,7 +31,7 @@ from bmsn.data.synthetic import generate_synthetic
 from bmsn.errors import InputError
 from bmsn.paths import Candidate, as_path, find_candidate, path_macs
 from bmsn.space import PoolKind, SearchSpace
-from bmsn.standalone import TrainingSettings
+from bmsn.standalone import TrainingSettings, train_alone
 
 _LOG = logging.getLogger("bmsn.tasks")
 
@@ -67,6 +70,58 @@ def open_images(spec: str, generator_seed: int | None, space: SearchSpace) -> Im
     if generator_seed is not None:
         return generate_synthetic(variant or "default", seed=generator_seed)
     return open_dataset(spec, image_size=space.image_size if scheme in ("parquet", "folder") else None)
+
+
+class Place:
+    """Where a process does its tasks. It keeps the images that it opened last: tasks come in an order that needs them.
+
+    Args:
+        device: where to compute.
+        machine: what results say about it: `device` and `torch`.
+    """
+
+    def __init__(self, device: torch.device, machine: dict[str, str]) -> None:
+        self.device, self.machine = device, machine
+        self._images: Images | None = None
+        self._data: ImageDataset | None = None
+
+    def open(self, images: Images, space: SearchSpace) -> ImageDataset:
+        if self._images != images:
+            self._data = self._images = None  # before the next ones are read
+            self._data, self._images = images.open(space), images
+        assert self._data is not None
+        return self._data
+
+
+class Result(Protocol):
+    """What any finished task left behind."""
+
+    @property
+    def summary(self) -> str:
+        """For a line of progress."""
+
+
+class Work(Protocol):
+    """A task of any kind."""
+
+    @property
+    def name(self) -> str:
+        """Of its files: equal for those that come to the same result, and for no others."""
+
+    @property
+    def label(self) -> str:
+        """For messages."""
+
+    @property
+    def macs(self) -> int:
+        """What its time is about proportional to."""
+
+    def perform(self, place: Place, progress: Callable[[float], None]) -> Any:
+        """Does it and returns its result; `progress` takes the share that is done."""
+
+
+W = TypeVar("W", bound=Work)
+R = TypeVar("R", bound=Result)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +171,16 @@ class Task:
         space, architecture = self.opened_space()
         return path_macs(space, as_path(space, architecture))
 
+    def perform(self, place: Place, progress: Callable[[float], None]) -> TaskResult:
+        space, architecture = self.opened_space()
+        trained = train_alone(
+            space, architecture, place.open(self.images, space), self.settings, seed=self.seed, device=place.device,
+            progress=progress,
+        )  # fmt: skip
+        return TaskResult(
+            correct=trained.correct, total=trained.total, loss=trained.loss, seconds=trained.seconds, **place.machine
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskResult:
@@ -140,8 +205,12 @@ class TaskResult:
         """Test accuracy in percent."""
         return 100 * self.correct / self.total
 
+    @property
+    def summary(self) -> str:
+        return f"{self.accuracy:.2f} %, {self.seconds:.0f} s"
 
-class TaskStore:
+
+class Store(ABC, Generic[W, R]):
     """Results and claims of tasks in a folder that processes and machines may share.
 
     Args:
@@ -149,6 +218,8 @@ class TaskStore:
     Raises:
         InputError: the folder cannot be made or written to.
     """
+
+    noun: ClassVar[str]  # what its tasks are, when they are done
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -159,25 +230,15 @@ class TaskStore:
         except OSError as error:
             raise InputError(f"{folder}: cannot be written to: {error.strerror}") from error
 
-    def result(self, task: Task) -> TaskResult | None:
-        """The result; None where there is none yet, or a file that is damaged, which is said and then replaced."""
-        path = self._result_path(task)
-        try:
-            content = json.loads(path.read_bytes())
-            if content["key"] != json.loads(json.dumps(task.key)):  # tuples are lists in the file
-                raise ValueError("it is of another task")
-            return TaskResult(**content["result"])
-        except FileNotFoundError:
-            return None
-        except (ValueError, KeyError, TypeError) as error:
-            _LOG.warning("%s: damaged, so the task is done again: %s", path, error)
-            return None
+    @abstractmethod
+    def result(self, task: W) -> R | None:
+        """The result; None where there is none yet."""
 
-    def write(self, task: Task, result: TaskResult) -> None:
-        content = {"key": task.key, "result": asdict(result)}
-        write_atomically(self._result_path(task), (json.dumps(content, indent=1) + "\n").encode())
+    @abstractmethod
+    def write(self, task: W, result: R) -> None:
+        """Keeps a result, whole or not at all."""
 
-    def claim(self, task: Task) -> bool:
+    def claim(self, task: Work) -> bool:
         """Takes a task for this process, unless another one that lives has it."""
         path = self._claim_path(task)
         for _ in range(2):  # the second time after an abandoned claim was put away
@@ -198,13 +259,13 @@ class TaskStore:
             return True
         return False
 
-    def touch(self, tasks: Iterable[Task]) -> None:
+    def touch(self, tasks: Iterable[Work]) -> None:
         """Says that this process lives; due every `TOUCH_SECONDS` for the tasks it has claimed."""
         for task in tasks:
             with contextlib.suppress(OSError):
                 os.utime(self._claim_path(task))
 
-    def release(self, task: Task) -> None:
+    def release(self, task: Work) -> None:
         """Gives a claim up, whether the task is done or not. Another's is left alone."""
         if task.name in self._claimed:
             self._claimed.discard(task.name)
@@ -212,7 +273,7 @@ class TaskStore:
             if _read_owner(path).get("token") == _OWNER["token"]:
                 path.unlink(missing_ok=True)
 
-    def remove_claims_of_the_dead(self, tasks: Iterable[Task]) -> None:
+    def remove_claims_of_the_dead(self, tasks: Iterable[Work]) -> None:
         """Removes what a process left that was killed after it had written a result and before its claim was gone."""
         left = {path.stem for path in self.folder.glob("*.claim")}
         for task in tasks:
@@ -241,11 +302,35 @@ class TaskStore:
         finally:
             probe.unlink(missing_ok=True)
 
+    def _claim_path(self, task: Work) -> Path:
+        return self.folder / f"{task.name}.claim"
+
+
+class TaskStore(Store[Task, TaskResult]):
+    """The store of networks trained alone: one file a network."""
+
+    noun = "networks trained"
+
+    def result(self, task: Task) -> TaskResult | None:
+        """The result; None where there is none yet, or a file that is damaged, which is said and then replaced."""
+        path = self._result_path(task)
+        try:
+            content = json.loads(path.read_bytes())
+            if content["key"] != json.loads(json.dumps(task.key)):  # tuples are lists in the file
+                raise ValueError("it is of another task")
+            return TaskResult(**content["result"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            _LOG.warning("%s: damaged, so the task is done again: %s", path, error)
+            return None
+
+    def write(self, task: Task, result: TaskResult) -> None:
+        content = {"key": task.key, "result": asdict(result)}
+        write_atomically(self._result_path(task), (json.dumps(content, indent=1) + "\n").encode())
+
     def _result_path(self, task: Task) -> Path:
         return self.folder / f"{task.name}.json"
-
-    def _claim_path(self, task: Task) -> Path:
-        return self.folder / f"{task.name}.claim"
 
 
 def _machine() -> str:

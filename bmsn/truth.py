@@ -16,7 +16,7 @@ from bmsn.paths import Candidate
 from bmsn.scheduler import Outcome, Resources, TaskProgress
 from bmsn.space import Architecture, PoolKind, SearchSpace
 from bmsn.standalone import TrainingSettings, check_data
-from bmsn.tasks import Images, Task, open_images
+from bmsn.tasks import Images, Task, TaskResult, TaskStore, open_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,7 @@ def run_ground_truth(
         for architecture in sorted(space, key=space.macs, reverse=True):
             tasks.append(make_task(space, architecture, images, seed, config.training))
     assert data is not None
-    outcome = run_tasks(tasks, config.out / "tasks", config.resources, should_stop, progress)
+    outcome = run_tasks(tasks, TaskStore(config.out / "tasks"), config.resources, should_stop, progress)
     truth = GroundTruth(
         rows=tuple(row for row in accuracy_rows(space, space, data, tasks, outcome) if row.n),
         failed=failures(tasks, outcome),
@@ -136,6 +136,6 @@ def make_task(
     )
 
 
-def failures(tasks: Sequence[Task], outcome: Outcome) -> dict[str, str]:
+def failures(tasks: Sequence[Task], outcome: Outcome[TaskResult]) -> dict[str, str]:
     """Reasons by the tasks' labels, in the tasks' order."""
     return {task.label: outcome.failed[task.name] for task in tasks if task.name in outcome.failed}

@@ -1,4 +1,4 @@
-"""A process that trains one network after the other, so that one that crashes or hangs takes nothing with it.
+"""A process that does one task after the other, so that one that crashes or hangs takes nothing with it.
 
 It is spawned, never forked (OpenMP), has a device and its share of the cores, and keeps the images that it has opened.
 """
@@ -8,29 +8,29 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any
+from typing import Any, Generic
 
 import torch
 
 from bmsn.checkpoint import environment
-from bmsn.data import ImageDataset
 from bmsn.errors import InputError, RunStopped
 from bmsn.memory import keep_freed_memory
-from bmsn.standalone import train_alone
-from bmsn.tasks import Images, Task, TaskResult
+from bmsn.tasks import Place, W, Work
 
 
-class Worker:
+class Worker(Generic[W]):
     """One process as its parent sees it. It is started with its first task, and anew with the next one after `stop`.
 
     Attributes:
         connection: where its messages come from; None: it does not run.
-        task: what it trains; None: nothing.
+        task: what it does; None: nothing.
         share: of the task that is done, in [0, 1].
         since: `time.monotonic()` when it began the task; infinite while the process is starting.
         is_ready: whether it has started.
@@ -44,10 +44,10 @@ class Worker:
         self._device, self._threads = device, threads
         self._process: BaseProcess | None = None
         self.connection: Connection | None = None
-        self.task: Task | None = None
+        self.task: W | None = None
         self.share, self.since, self.is_ready = 0.0, math.inf, False
 
-    def begin(self, task: Task) -> None:
+    def begin(self, task: W) -> None:
         if self.connection is None:
             context = multiprocessing.get_context("spawn")
             self.connection, theirs = context.Pipe()
@@ -64,7 +64,7 @@ class Worker:
     def receive(self) -> tuple[str, Any]:
         """The next message: its kind and content.
 
-        ready: None. share: of the task. done: a `TaskResult`. input, stopped, error: a text; see `_train`.
+        ready: None. share: of the task. done: its result. input, stopped, error: a text; see `_perform`.
 
         Raises:
             EOFError: the process has ended; the message says how.
@@ -89,41 +89,36 @@ class Worker:
 def _serve(connection: Connection, device_name: str, threads: int) -> None:
     """The life of a worker: reads tasks until the parent closes the pipe or is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends it
+    # A parent that is killed cannot end it: by itself it would go on to the end of the task, in a folder that the next
+    # process wants.
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     keep_freed_memory()
-    device, opened = torch.device(device_name), _Opened()
+    device = torch.device(device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # a search names no other than the current one
     here = environment(device_name)
-    where = {"device": here["cuda_device"] or f"{here['cpu_model']}, threads: {threads}", "torch": here["torch"]}
+    machine = {"device": here["cuda_device"] or f"{here['cpu_model']}, threads: {threads}", "torch": here["torch"]}
+    place = Place(device, machine)
     try:
         connection.send(("ready", None))
         while True:
-            connection.send(_train(connection.recv(), device, opened, where, connection))
+            connection.send(_perform(connection.recv(), place, connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return  # the parent is gone
 
 
-class _Opened:
-    """The images that were opened last: tasks come in an order that needs the same ones again."""
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
-    def __init__(self) -> None:
-        self.images: Images | None = None
-        self.data: ImageDataset | None = None
 
-
-def _train(
-    task: Task, device: torch.device, opened: _Opened, where: dict[str, str], connection: Connection
-) -> tuple[str, Any]:
+def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any]:
     """The message that answers a task: done, input (bad input), stopped (would stop there again) or error."""
-    space, architecture = task.opened_space()
     try:
-        if opened.images != task.images:
-            opened.data = opened.images = None  # before the next ones are read
-            opened.data, opened.images = task.images.open(space), task.images
-        assert opened.data is not None
-        trained = train_alone(
-            space, architecture, opened.data, task.settings, seed=task.seed, device=device,
-            progress=lambda share: connection.send(("share", share)),
-        )  # fmt: skip
+        return "done", task.perform(place, lambda share: connection.send(("share", share)))
     except InputError as error:
         return "input", str(error)
     except RunStopped as error:
@@ -132,7 +127,3 @@ def _train(
         raise
     except Exception:
         return "error", traceback.format_exc()
-    result = TaskResult(
-        correct=trained.correct, total=trained.total, loss=trained.loss, seconds=trained.seconds, **where
-    )
-    return "done", result

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import bmsn
-import bmsn.worker
+import bmsn.tasks
 from bmsn.standalone import TrainedNetwork, train_alone
 
 command, folder, faults, *flags = sys.argv[1:]
@@ -52,6 +52,6 @@ def _strike(kind: str) -> None:
             raise bmsn.InputError("the images are others")
 
 
-bmsn.worker.train_alone = train_watched
+bmsn.tasks.train_alone = train_watched
 if __name__ == "__main__":
     sys.exit(importlib.import_module(f"bmsn.{command}").main(flags))

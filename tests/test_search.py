@@ -58,7 +58,7 @@ def finished(spec, tmp_path_factory):
 def test_result_files(finished):
     folder, printed, _ = finished
     result = json.loads((folder / "result.json").read_text())
-    assert result["schema_version"] == 3
+    assert result["schema_version"] == 4
     assert set(result["timings"]) == {"train_images_per_second", "train_seconds", "score_seconds", "total_seconds"}
     assert result["scores"]["total"] == 64
     assert len(result["scores"]["correct"]) == len(result["ranking"]) == 15

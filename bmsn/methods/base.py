@@ -24,7 +24,7 @@ from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
 OPTIONAL_SETTINGS = (
-    "refresh_every", "score_every", "evaluate_top", "race", "norm", "warm_up", "ucb_constant", "alpha_lr",
+    "refresh_every", "score_every", "evaluate_top", "race", "norm", "warm_up", "ucb_constant", "alpha_lr", "max_macs",
 )  # fmt: skip
 
 

@@ -114,7 +114,9 @@ class Boltzmann(SupernetMethod):
     by_accuracy: ClassVar[bool] = False
     ranked_by: ClassVar[str] = "the moving average of validation accuracies"
     estimate: ClassVar[str] = "a[c]"
-    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "norm", "warm_up"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"refresh_every", "score_every", "evaluate_top", "norm", "warm_up", "max_macs"}
+    )
 
     @classmethod
     def make_sampler(cls, problem: Problem) -> BoltzmannSampler:

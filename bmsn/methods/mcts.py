@@ -48,6 +48,7 @@ class MctsSampler(Sampler):
         self._sizes = [len(wave) for wave in waves]
         starts = np.concatenate([[0], np.cumsum(self._sizes)]).tolist()
         self._first_leaf = starts[-2]
+        self._pools = [state.pools for wave in waves for state in wave]
         self._parent = [-1] * starts[-1]
         self._children: list[list[int]] = [[] for _ in self._parent]  # keep before pool
         for layer, wave in enumerate(waves[1:], start=1):
@@ -135,9 +136,7 @@ class MctsSampler(Sampler):
         positions = self._pick().pool_positions
         path, node = [], 0
         for layer in range(1, self._space.num_layers):
-            left = self._space.num_pools - sum(p < layer for p in positions)  # poolings still to be placed
-            names = ["keep"] * (left <= self._space.num_layers - 1 - layer) + ["pool"] * (left > 0)
-            children = dict(zip(names, self._children[node], strict=True))
+            children = {"pool" if self._pools[child] else "keep": child for child in self._children[node]}
             counts = {name: int(self.visits[children[name]]) if name in children else None for name in ("keep", "pool")}
             path.append({"layer": layer, **counts})
             node = children["pool" if layer in positions else "keep"]
@@ -164,7 +163,9 @@ class Mcts(SupernetMethod):
     by_accuracy: ClassVar[bool] = False
     ranked_by: ClassVar[str] = "visits in the tree, from its root down"
     estimate: ClassVar[str] = "reward"
-    settings: ClassVar[frozenset[str]] = frozenset({"score_every", "evaluate_top", "norm", "warm_up", "ucb_constant"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"score_every", "evaluate_top", "norm", "warm_up", "ucb_constant", "max_macs"}
+    )
 
     @classmethod
     def make_sampler(cls, problem: Problem) -> MctsSampler:

@@ -33,7 +33,9 @@ class SupernetMethod(Method):
         sampler: says which architecture trains in which supernet.
     """
 
-    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "race", "norm"})
+    settings: ClassVar[frozenset[str]] = frozenset(
+        {"refresh_every", "score_every", "evaluate_top", "race", "norm", "max_macs"}
+    )
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -151,6 +151,7 @@ class UnsharedSpos(UnsharedPaths):
     """`--method spos-unshared`: over the architectures of the space, which it draws as `spos` does."""
 
     name: ClassVar[str] = "spos-unshared"
+    settings: ClassVar[frozenset[str]] = UnsharedPaths.settings | {"max_macs"}
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)

@@ -21,6 +21,7 @@ class UntrainedMethod(Method):
     trains: ClassVar[bool] = False
     by_accuracy: ClassVar[bool] = False
     estimate: ClassVar[str] = "own"
+    settings: ClassVar[frozenset[str]] = frozenset({"max_macs"})
 
     @abstractmethod
     def order(self) -> NDArray[np.int64]:

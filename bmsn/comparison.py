@@ -1,0 +1,296 @@
+"""`run_comparison`: several search methods on the same images, budget and seeds, measured against the truth."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from bmsn import methods
+from bmsn.comparison_figures import Paired, Row, Run, compare_pairs, describe_run, summarise_runs
+from bmsn.comparison_files import check_drawing, draw_budgets, write_tables
+from bmsn.config import FilledConfig, SearchConfig
+from bmsn.correlation import load_truth
+from bmsn.data import ImageDataset
+from bmsn.errors import InputError
+from bmsn.executors import run_tasks
+from bmsn.loop import SearchLoop
+from bmsn.method_spec import MethodSpec, parse_methods, parse_settings
+from bmsn.methods.base import OPTIONAL_SETTINGS
+from bmsn.result import SearchResult
+from bmsn.run import run_search
+from bmsn.scheduler import Resources, TaskProgress
+from bmsn.space import PoolKind, SearchSpace
+from bmsn.tasks import Images, Place, Store, open_images
+from bmsn.truth import check_seeds
+
+_DEFAULT_BASELINES = ("spos", "macs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+    """Settings of a comparison.
+
+    Attributes:
+        methods: names separated by commas, each with settings of its own if wanted:
+            mixture,spos,mixture:supernets=8,refresh_every=200,label=refreshed. The ranking by MACs alone is always
+            among them.
+        space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
+        data: images as scheme:path.
+        pool: how a layer downsamples; None: as the space says.
+        budget: epochs of the training half, the same for every method.
+        budgets: several of them, as 5,10,20: rank correlation and regret are drawn against them.
+        seeds: searches of each method at each budget, with seeds of their own.
+        first_seed: the smallest of the seeds.
+        truth: stand-alone accuracies: "paper" or a CSV file, such as that of bmsn.ground_truth.
+        baseline: labels separated by commas that all others are compared with seed by seed; None: those of spos and
+            macs that are there.
+        settings: of all methods that take them, as batch_size=64,weight_decay=5e-4; a method's own go before them.
+            fast_eval is true unless it is given.
+        out: folder of the searches and of the tables.
+        resources: what the searches run on.
+    """
+
+    methods: str
+    space: str | None = None
+    data: str = "synthetic"
+    pool: PoolKind | None = None
+    budget: int | None = None
+    budgets: str = ""
+    seeds: int = 3
+    first_seed: int = 0
+    truth: str
+    baseline: str | None = None
+    settings: str = ""
+    out: Path
+    resources: Resources = field(default_factory=Resources)
+
+    def __post_init__(self) -> None:
+        check_seeds(self.seeds, self.first_seed)
+        if not self.all_budgets:
+            raise InputError("budget or budgets must be given: epochs of the training half")
+        for label in self.baselines:
+            if label not in self.labels:
+                raise InputError(f"baseline must be among {', '.join(self.labels)}; got {label!r}")
+
+    @cached_property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods; with that by MACs, which costs nothing, as the last where it was not named."""
+        specs = parse_methods(self.methods)
+        if any(spec.method == "macs" for spec in specs):
+            return specs
+        return (*specs, MethodSpec(label="macs", method="macs", settings={}))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(spec.label for spec in self.specs)
+
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        if self.baseline is None:
+            return tuple(label for label in _DEFAULT_BASELINES if label in self.labels)
+        return tuple(label.strip() for label in self.baseline.split(","))
+
+    @cached_property
+    def all_budgets(self) -> tuple[int, ...]:
+        """In epochs, ascending."""
+        given = [] if self.budget is None else [self.budget]
+        for text in filter(None, self.budgets.split(",")):
+            if not text.strip().isdecimal():
+                raise InputError(f"budgets must be whole numbers of epochs, as 5,10,20; got {self.budgets!r}")
+            given.append(int(text))
+        if any(not 1 <= budget <= 10**6 for budget in given):
+            raise InputError(f"budget must be in [1, {10**6}] epochs; got {', '.join(map(str, given))}")
+        return tuple(sorted(set(given)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchTask:
+    """One search, kept in a run folder of its own, where a process that takes it up again goes on.
+
+    Attributes:
+        config: without its folder; `images` are those that it names.
+        cost: what its time is about proportional to.
+        folder: that the run folder is in.
+    """
+
+    config: FilledConfig
+    images: Images
+    cost: int
+    folder: Path
+
+    @cached_property
+    def name(self) -> str:
+        """Of the run folder: readable in front, then the hash of settings and images."""
+        key = json.dumps([self.config.as_dict(), self.images.fingerprint], sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        return f"{self.config.method}-{self.config.epochs}epochs-seed{self.config.seed}-{digest}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.config.method}, {self.config.epochs} epochs, seed {self.config.seed}"
+
+    @property
+    def macs(self) -> int:
+        return self.cost
+
+    def perform(self, place: Place, progress: Callable[[float], None]) -> FinishedSearch:
+        run = self.folder / self.name
+        config = replace(self.config, out=run, resume=(run / "config.yaml").is_file())
+        space = SearchSpace.named(config.space, pool=config.pool)
+        data = place.open(self.images, space)
+        return FinishedSearch(
+            result=run_search(config, data, progress=lambda record: progress(record["step"] / record["num_steps"]))
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedSearch:
+    """The result of a `SearchTask`."""
+
+    result: SearchResult
+
+    @property
+    def summary(self) -> str:
+        return f"{self.result.best.architecture}, {self.result.timings['total_seconds']:.0f} s"
+
+
+class RunStore(Store[SearchTask, FinishedSearch]):
+    """Run folders of searches: what has a result.json is done."""
+
+    noun = "searches finished"
+
+    def result(self, task: SearchTask) -> FinishedSearch | None:
+        """The result; None where there is none yet. Raises InputError for one of another schema, or damaged."""
+        path = self.folder / task.name / "result.json"
+        try:
+            return FinishedSearch(result=SearchResult.from_json(path.read_text(), str(path)))
+        except FileNotFoundError:
+            return None
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: cannot be read: {error}") from error
+
+    def write(self, task: SearchTask, result: FinishedSearch) -> None:
+        """Nothing: the search has written it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What came out.
+
+    Attributes:
+        rows: one for each method and budget of which a search finished, in the order of methods within each budget.
+        paired: every row's method against each baseline.
+        runs: all searches that finished.
+        failed: for each search that could not be finished, the reason.
+        missing: architectures of the space without a row in the truth.
+        num_architectures: of the space.
+    """
+
+    rows: tuple[Row, ...]
+    paired: tuple[Paired, ...]
+    runs: tuple[Run, ...]
+    failed: dict[str, str]
+    missing: tuple[str, ...]
+    num_architectures: int
+
+
+def run_comparison(
+    config: ComparisonConfig,
+    *,
+    should_stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[TaskProgress], None] = lambda progress: None,
+) -> Comparison:
+    """Runs every method at every budget with every seed; writes `out`/comparison.csv, paired.csv, comparison.json.
+
+    With several budgets also budgets.svg and budgets.png. Each search has a folder in `out`/runs: killed at any moment,
+    the same call goes on where it was, and several processes may make it with the same `out`. The tables come from the
+    results in these folders alone.
+
+    Source: Javan et al. 2023, table 2.
+
+    Args:
+        config: settings.
+        should_stop: asked about once a second; True raises Interrupted.
+        progress: called about once a second.
+    Raises:
+        InputError: settings, data, truth or folder that cannot be used; found before the first search where it can be.
+        RunStopped, Interrupted: see `run_local`.
+    """
+    if len(config.all_budgets) > 1:
+        check_drawing()
+    named = SearchConfig(space=config.space, data=config.data).filled().space
+    space = SearchSpace.named(named, pool=config.pool)
+    truth = load_truth(config.truth, space)
+    data = open_images(config.data, None, space)
+    tasks = _make_tasks(config, space, data)
+    unique = {task.name: task for task in tasks.values()}  # two labels of the same settings are one search
+    # A ranking by MACs takes no time, a search does: the median of both would call every search hanging.
+    resources = replace(config.resources, timeout=config.resources.timeout or float("inf"))
+    outcome = run_tasks(list(unique.values()), RunStore(config.out / "runs"), resources, should_stop, progress)
+    runs = tuple(
+        describe_run(label, budget, seed, outcome.results[task.name].result, space, truth)
+        for (budget, label, seed), task in tasks.items()
+        if task.name in outcome.results
+    )
+    groups: dict[tuple[int, str], list[Run]] = {}
+    for run in runs:
+        groups.setdefault((run.budget, run.label), []).append(run)
+    comparison = Comparison(
+        rows=tuple(summarise_runs(group) for group in groups.values()),
+        paired=tuple(
+            compare_pairs(group, groups[budget, baseline])
+            for baseline in config.baselines
+            for (budget, label), group in groups.items()
+            if label != baseline and (budget, baseline) in groups
+        ),
+        runs=runs,
+        failed={
+            f"{label}, {budget} epochs, seed {seed}": outcome.failed[task.name]
+            for (budget, label, seed), task in tasks.items()
+            if task.name in outcome.failed
+        },
+        missing=tuple(a.slug for a in space if a.index not in truth),
+        num_architectures=len(space),
+    )
+    about = {
+        "space": space.name, "pool": space.pool, "data": config.data, "data_fingerprint": data.fingerprint,
+        "truth": config.truth, "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
+        "budgets": list(config.all_budgets), "settings": parse_settings(config.settings),
+        "methods": [{"label": s.label, "method": s.method, "settings": s.settings} for s in config.specs],
+    }  # fmt: skip
+    write_tables(config.out, comparison.rows, comparison.paired, comparison.runs, about, comparison.missing)
+    if len(config.all_budgets) > 1 and comparison.rows:
+        draw_budgets(config.out, comparison.rows, f"{space.name} on {config.data}")
+    return comparison
+
+
+def _make_tasks(
+    config: ComparisonConfig, space: SearchSpace, data: ImageDataset
+) -> dict[tuple[int, str, int], SearchTask]:
+    """The searches by (budget, label, seed), in the order of the tables; each is checked before the first is begun."""
+    images = Images(spec=config.data, generator_seed=None, fingerprint=data.fingerprint)
+    common = {"fast_eval": True} | parse_settings(config.settings)
+    per_image = sum(map(space.macs, space)) // len(space)
+    tasks = {}
+    for budget in config.all_budgets:
+        for spec in config.specs:
+            for seed in range(config.first_seed, config.first_seed + config.seeds):
+                taken = methods.get(spec.method).settings
+                given = {k: v for k, v in common.items() if k in taken or k not in OPTIONAL_SETTINGS} | spec.settings
+                try:
+                    settings = SearchConfig(
+                        space=space.name, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
+                        seed=seed, device=config.resources.device, **given,
+                    ).filled()  # fmt: skip
+                    if seed == config.first_seed and budget == config.all_budgets[0]:
+                        SearchLoop(replace(settings, device="cpu"), data)
+                except InputError as error:
+                    raise InputError(f"method {spec.label}: {error}") from error
+                tasks[budget, spec.label, seed] = SearchTask(
+                    config=settings, images=images, cost=budget * per_image, folder=config.out / "runs"
+                )
+    return tasks
