@@ -1,0 +1,125 @@
+"""Figures of how a search went: its training, p(m|c) over time, and the health of the mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from bmsn.figures import MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, new_figure
+from bmsn.reporting_statistics import MixtureHistory
+from bmsn.space import SearchSpace
+
+_PANELS = 6  # snapshots of p(m|c) side by side
+_MAX_NAMED = 40  # architectures that still have their name beside a row
+_MAX_LINES = 8  # supernets that have a line each in the legend
+
+
+def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
+    """Loss, accuracy, learning rate and 1/tau over epochs, from `step` records."""
+    figure, axes = new_figure(5.6, 2, 2, sharex=True)
+    panels = (("loss", "training loss", 1), ("accuracy", "accuracy on validation batches (%)", 100),
+              ("lr", "learning rate", 1), ("inverse_temperature", "1/tau", 1))  # fmt: skip
+    for place, (axis, (key, label, factor)) in enumerate(zip(axes, panels, strict=True)):
+        known = [record for record in records if record.get(key) is not None]
+        axis.plot([r["epoch"] for r in known], [factor * r[key] for r in known], color=PALETTE[0])
+        axis.set_title(label, loc="left")
+        axis.set_ylim(bottom=0)
+        if place >= 2:
+            axis.set_xlabel("epoch")
+    return figure
+
+
+def assignment_figure(history: MixtureHistory, space: SearchSpace, steps_per_epoch: float | None) -> Figure:
+    """p(m|c) at several snapshots from the first to the last: a row for each architecture, a column a supernet."""
+    count = len(history.steps)
+    chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(_PANELS, count))})
+    named = len(space) <= _MAX_NAMED
+    height = 0.215 * len(space) + 1.5 if named else 7.5
+    figure, axes = new_figure(height, 1, len(chosen), sharey=True)
+    num_supernets = history.assignments.shape[2]
+    image = None
+    for axis, snapshot in zip(axes, chosen, strict=True):
+        image = axis.imshow(history.assignments[snapshot], cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+        step = int(history.steps[snapshot])
+        axis.set_title(f"step {step}" if steps_per_epoch is None else f"epoch {step / steps_per_epoch:.3g}")
+        axis.grid(visible=False)
+        if num_supernets <= _MAX_LINES:
+            axis.set_xticks(range(num_supernets))
+    if named:
+        axes[0].set_yticks(range(len(space)), [str(a) for a in space], fontsize=11)
+    else:
+        axes[0].set_ylabel("architecture, by pooling positions")
+    figure.supxlabel("supernet m")
+    assert image is not None
+    figure.colorbar(image, ax=axes, label="p(m|c)", shrink=0.8, aspect=30)
+    return figure
+
+
+def health_figure(history: MixtureHistory, steps_per_epoch: float | None) -> Figure:
+    """Load, entropy, KL(p(m) || uniform), switch rate, age of a[c,m] and pairs never visited, over training.
+
+    Of one supernet, which has nothing to balance, the last two alone.
+    """
+    x = history.steps / (steps_per_epoch or 1)
+    if history.load.shape[1] > 1:
+        figure, axes = new_figure(8.4, 3, 2, sharex=True)
+        _balance(axes, history, x)
+    else:
+        figure, axes = new_figure(3.4, 1, 2)
+    age, never = axes[-2:]
+    curves = (("oldest", history.age_max), ("median", history.age_median), ("median, assigned", history.age_assigned))
+    for place, (name, values) in enumerate(curves if history.load.shape[1] > 1 else curves[:2]):
+        age.plot(x, values, color=PALETTE[place], marker=MARKERS[place], markevery=0.2, label=name, linewidth=1.6)
+    age.set_title("age of a[c,m] (steps)", loc="left")
+    age.set_ylim(bottom=0)
+    age.legend(loc="upper left")
+    never.plot(x, 100 * history.never_visited, color=PALETTE[0])
+    never.set_title("pairs never visited (%)", loc="left")
+    never.set_ylim(bottom=0)
+    for axis in (age, never):
+        axis.set_xlabel("step" if steps_per_epoch is None else "epoch")
+    return figure
+
+
+def _balance(axes: Sequence[Axes], history: MixtureHistory, x: NDArray[np.float64]) -> None:
+    """Draws load, entropy, KL and switch rate into the first four axes."""
+    load, entropy, kl, switches = axes[:4]
+    num_supernets = history.load.shape[1]
+    for m in range(num_supernets):
+        label = f"supernet {m}" if num_supernets <= _MAX_LINES else None
+        load.plot(x, 100 * history.load[:, m], color=colour(m, num_supernets), label=label, linewidth=1.6)
+    load.axhline(100 / num_supernets, color="black", linestyle=":", linewidth=1.5)
+    load.set_title("share of the visits (%)", loc="left")
+    load.set_ylim(bottom=0)
+    if num_supernets <= _MAX_LINES:
+        load.legend(ncols=2, handlelength=1.2, columnspacing=0.8, loc="lower left")
+    entropy.plot(x, history.entropy, color=PALETTE[0])
+    entropy.axhline(np.log(num_supernets), color="black", linestyle=":", linewidth=1.5)
+    entropy.set_title("entropy of p(m|c) (nats)", loc="left")
+    entropy.set_ylim(0, max(1.1 * np.log(num_supernets), 0.1))
+    kl.semilogy(x, np.maximum(history.kl, 1e-16), color=PALETTE[0])
+    kl.set_title("KL(p(m) || uniform) (nats)", loc="left")
+    kl.set_ylim(5e-17, 1)
+    kl.yaxis.set_major_formatter("{x:.0e}")
+    switches.plot(x, 100 * history.switch_rate, color=PALETTE[0])
+    switches.set_title("argmax p(m|c) changed (%)", loc="left")
+    switches.set_ylim(bottom=0)
+
+
+def ranking_history_figure(epochs: Sequence[float], curves: Mapping[str, Sequence[float | None]]) -> Figure:
+    """tau-b of the rankings made during training; None where it is not defined."""
+    figure, (axis,) = new_figure(3.8, width=WIDTH)
+    for place, (name, values) in enumerate(curves.items()):
+        axis.plot(
+            epochs, [np.nan if v is None else v for v in values], "-", marker=MARKERS[place], markersize=8,
+            color=PALETTE[place], label=name,
+        )  # fmt: skip
+    axis.axhline(0, color="black", linewidth=1)
+    axis.set(xlabel="epoch", ylabel="tau-b", ylim=(min(-0.1, axis.get_ylim()[0]), 1.05))
+    axis.legend()
+    return figure
