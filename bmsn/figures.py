@@ -16,9 +16,9 @@ try:
 except ImportError as error:
     raise ImportError("a report needs matplotlib and jinja2: pip install 'bmsn[report]'") from error
 
-# Okabe & Ito 2008, "Color Universal Design", without its yellow, which is hard to see on white.
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#555555")
-MARKERS = "osD^vPX"  # a second way to tell series apart
+# Okabe & Ito 2008, "Color Universal Design", with a grey for its yellow, which is hard to see on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999")
+MARKERS = "osD^vPX*"  # a second way to tell series apart
 SEQUENTIAL = "cividis"  # even in lightness, and the same to all kinds of colour vision
 ACCENT = "#D55E00"
 

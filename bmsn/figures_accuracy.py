@@ -14,6 +14,7 @@ from bmsn.reporting_statistics import pareto_front
 from bmsn.space import Architecture, SearchSpace
 
 _MAX_WRITTEN = 60  # cells of a map that still have their value written in them
+_LABEL_ROOM = 0.06  # of the range of accuracies: names of a front are at least so far apart
 
 
 def truth_figure(
@@ -65,8 +66,9 @@ def accuracy_map(
     columns = min(4, len(firsts))
     rows = -(-len(firsts) // columns)
     writes = space.num_pools == 2 and len(space) <= _MAX_WRITTEN
-    size = (WIDTH, 2.3 * rows + 0.9) if space.num_pools == 3 else (7.4, 5.6)
+    size = (WIDTH, 1.9 * rows + 0.9) if space.num_pools == 3 else (7.4, 5.6)
     figure, axes = new_figure(size[1], rows, columns, width=size[0], sharex=True, sharey=True)
+    figure.set_layout_engine("compressed")  # no gaps between square axes
     values = list(accuracy.values())
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     high = high if high > low else low + 1.0
@@ -141,7 +143,7 @@ def pareto_figure(
     """Accuracy against cost with the Pareto front.
 
     Args:
-        names: of the architectures; those on the front have theirs written beside them.
+        names: of the architectures; those on the front have theirs beside them where there is room, the best always.
         cost, accuracy: as long as `names`; larger accuracy and smaller cost are better.
         default: index of the default architecture; None: not among them.
         labels: of cost and accuracy.
@@ -159,15 +161,17 @@ def pareto_figure(
             cost[default], accuracy[default], "s", markersize=14, fillstyle="none", markeredgewidth=2.5, color=ACCENT,
             linestyle="none", label="default",
         )  # fmt: skip
-    for place, i in enumerate(front):
-        last = place == len(front) - 1
-        axis.annotate(
-            names[i], (cost[i], accuracy[i]), xytext=(-6, 7), textcoords="offset points",
-            ha="left" if last and len(front) == 1 else "right", va="bottom", fontsize=12,
-        )  # fmt: skip
-    axis.margins(x=0.12, y=0.12)
+    room = _LABEL_ROOM * (max(accuracy) - min(accuracy))
+    written = np.inf  # height of the name last written: the front falls from the best to the cheapest
+    for i in reversed(front):
+        if written - accuracy[i] >= room:
+            written = accuracy[i]
+            axis.annotate(
+                names[i], (cost[i], accuracy[i]), xytext=(-6, 7), textcoords="offset points", ha="right", fontsize=12
+            )
+    axis.margins(x=0.16, y=0.12)
     axis.set(xlabel=labels[0], ylabel=labels[1])
-    axis.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
     return figure
 
 

@@ -16,7 +16,6 @@ from bmsn.space import SearchSpace
 
 _PANELS = 6  # snapshots of p(m|c) side by side
 _MAX_NAMED = 40  # architectures that still have their name beside a row
-_MAX_LINES = 8  # supernets that have a line each in the legend
 
 
 def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
@@ -48,7 +47,7 @@ def assignment_figure(history: MixtureHistory, space: SearchSpace, steps_per_epo
         step = int(history.steps[snapshot])
         axis.set_title(f"step {step}" if steps_per_epoch is None else f"epoch {step / steps_per_epoch:.3g}")
         axis.grid(visible=False)
-        if num_supernets <= _MAX_LINES:
+        if num_supernets <= len(PALETTE):
             axis.set_xticks(range(num_supernets))
     if named:
         axes[0].set_yticks(range(len(space)), [str(a) for a in space], fontsize=11)
@@ -69,6 +68,8 @@ def health_figure(history: MixtureHistory, steps_per_epoch: float | None) -> Fig
     if history.load.shape[1] > 1:
         figure, axes = new_figure(8.4, 3, 2, sharex=True)
         _balance(axes, history, x)
+        if history.load.shape[1] <= len(PALETTE):
+            figure.legend(loc="outside upper center", ncols=9, title="supernet", handlelength=1.2, columnspacing=1.2)
     else:
         figure, axes = new_figure(3.4, 1, 2)
     age, never = axes[-2:]
@@ -76,7 +77,7 @@ def health_figure(history: MixtureHistory, steps_per_epoch: float | None) -> Fig
     for place, (name, values) in enumerate(curves if history.load.shape[1] > 1 else curves[:2]):
         age.plot(x, values, color=PALETTE[place], marker=MARKERS[place], markevery=0.2, label=name, linewidth=1.6)
     age.set_title("age of a[c,m] (steps)", loc="left")
-    age.set_ylim(bottom=0)
+    age.set_ylim(0, 1.5 * max(1.0, history.age_max.max()))  # with room for the legend
     age.legend(loc="upper left")
     never.plot(x, 100 * history.never_visited, color=PALETTE[0])
     never.set_title("pairs never visited (%)", loc="left")
@@ -91,13 +92,10 @@ def _balance(axes: Sequence[Axes], history: MixtureHistory, x: NDArray[np.float6
     load, entropy, kl, switches = axes[:4]
     num_supernets = history.load.shape[1]
     for m in range(num_supernets):
-        label = f"supernet {m}" if num_supernets <= _MAX_LINES else None
-        load.plot(x, 100 * history.load[:, m], color=colour(m, num_supernets), label=label, linewidth=1.6)
+        load.plot(x, 100 * history.load[:, m], color=colour(m, num_supernets), label=str(m), linewidth=1.6)
     load.axhline(100 / num_supernets, color="black", linestyle=":", linewidth=1.5)
     load.set_title("share of the visits (%)", loc="left")
     load.set_ylim(bottom=0)
-    if num_supernets <= _MAX_LINES:
-        load.legend(ncols=2, handlelength=1.2, columnspacing=0.8, loc="lower left")
     entropy.plot(x, history.entropy, color=PALETTE[0])
     entropy.axhline(np.log(num_supernets), color="black", linestyle=":", linewidth=1.5)
     entropy.set_title("entropy of p(m|c) (nats)", loc="left")
@@ -120,6 +118,6 @@ def ranking_history_figure(epochs: Sequence[float], curves: Mapping[str, Sequenc
             color=PALETTE[place], label=name,
         )  # fmt: skip
     axis.axhline(0, color="black", linewidth=1)
-    axis.set(xlabel="epoch", ylabel="tau-b", ylim=(min(-0.1, axis.get_ylim()[0]), 1.05))
+    axis.set(xlabel="epoch", ylabel="tau-b", xlim=(0, 1.05 * max(epochs)), ylim=(min(-0.1, axis.get_ylim()[0]), 1.05))
     axis.legend()
     return figure

@@ -73,7 +73,8 @@ class ReportedRun:
 
     @property
     def data_name(self) -> str:
-        return str(self.result.get("data", {}).get("name", self.config["data"]))
+        """As the data set calls itself; of a run without a result, the end of what names it."""
+        return str(self.result.get("data", {}).get("name", str(self.config.get("data")).rsplit("/", 1)[-1]))
 
     @property
     def default(self) -> ReportedRow | None:
