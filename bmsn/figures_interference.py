@@ -13,6 +13,7 @@ from bmsn.figures import MARKERS, PALETTE, WIDTH, new_figure
 from bmsn.interference import NETS, Interference
 
 _MAX_SHOWN = 16  # filters of the first convolution
+_ZOOM = 5  # pixels on a side of a filter's weight, where the line between two filters has 1
 
 
 def accuracy_figure(result: Interference) -> Figure:
@@ -36,6 +37,7 @@ def accuracy_figure(result: Interference) -> Figure:
 def filters_figure(result: Interference) -> Figure:
     """Filters of the first convolution, at the start and of each net; each filter in its own range."""
     figure, axes = new_figure(WIDTH, 2, 2)
+    figure.set_layout_engine("constrained", wspace=0.06, hspace=0.04)  # more than the lines between tiles
     for axis, name, filters in zip(axes, ("at the start", *NETS), result.filters, strict=True):
         _show(axis, name, _mosaic([_as_picture(one) for one in filters[:_MAX_SHOWN]], gap=1))
     return figure
@@ -44,6 +46,7 @@ def filters_figure(result: Interference) -> Figure:
 def features_figure(result: Interference) -> Figure:
     """One image, and its maps behind the first layer of each net; each map in its own range."""
     figure, axes = new_figure(WIDTH, 2, 2)
+    figure.set_layout_engine("constrained", wspace=0.06, hspace=0.04)  # more than the lines between tiles
     _show(axes[0], "the image", result.image.squeeze())
     for axis, name, maps in zip(axes[1:], NETS, result.features[1:], strict=True):
         _show(axis, name, _mosaic([_scaled(one) for one in maps[:_MAX_SHOWN]], gap=2))
@@ -69,8 +72,9 @@ def _mosaic(tiles: list[NDArray], gap: int) -> NDArray:
 
 
 def _as_picture(filter_weights: NDArray) -> NDArray:
-    """(C, kh, kw) as (kh, kw, 3) in [0, 1] for three channels, else the mean over the channels."""
-    return _scaled(filter_weights.transpose(1, 2, 0) if len(filter_weights) == 3 else filter_weights.mean(0))
+    """(C, kh, kw) in colour for three channels, else the mean over the channels; in [0, 1], each weight a square."""
+    picture = _scaled(filter_weights.transpose(1, 2, 0) if len(filter_weights) == 3 else filter_weights.mean(0))
+    return picture.repeat(_ZOOM, 0).repeat(_ZOOM, 1)
 
 
 def _scaled(picture: NDArray) -> NDArray:
