@@ -18,7 +18,7 @@ _LABEL_ROOM = 0.06  # of the range of accuracies: names of a front are at least 
 
 
 def truth_figure(
-    predicted: Sequence[float], macs_ratio: Sequence[float], truth: Sequence[float], supernet: Sequence[int],
+    predicted: Sequence[float], macs_ratio: Sequence[float], truth: Sequence[float], supernet: Sequence[int | None],
     titles: tuple[str, str], predicted_label: str,
 ) -> Figure:  # fmt: skip
     """Two scatters against stand-alone accuracy: of the search, coloured by supernet, and of MACs alone.
@@ -27,13 +27,14 @@ def truth_figure(
         predicted: accuracy in the search, in percent; as long as the three that follow.
         macs_ratio: relative to the default architecture.
         truth: in percent.
-        supernet: that the architecture was scored with.
+        supernet: that the architecture was scored with; None: there are none.
         titles: of the two panels.
     """
     figure, (left, right) = new_figure(4.6, 1, 2, sharey=True)
-    count = max(supernet) + 1
-    for m in sorted(set(supernet)):
-        chosen = [i for i, other in enumerate(supernet) if other == m]
+    marks = [m or 0 for m in supernet]
+    count = max(marks) + 1
+    for m in sorted(set(marks)):
+        chosen = [i for i, other in enumerate(marks) if other == m]
         left.scatter(
             [predicted[i] for i in chosen], [truth[i] for i in chosen], s=55, color=colour(m, count),
             marker=MARKERS[m % len(MARKERS)], edgecolor="white", linewidth=0.7, label=f"supernet {m}",
@@ -175,31 +176,30 @@ def pareto_figure(
     return figure
 
 
-def drawings(space: SearchSpace, architectures: Sequence[tuple[str, Architecture]], image_size: int) -> Figure:
+def drawings(architectures: Sequence[tuple[str, Sequence[int]]]) -> Figure:
     """One row an architecture: a box for each layer, as high as its map is large (by logarithm), with its size.
 
     Args:
-        architectures: what each is and the architecture itself, in the order of the rows.
-        image_size: pixels on a side.
+        architectures: what each is, and the height (= width) of each layer's map, in the order of the rows.
     """
     figure, axes = new_figure(1.15 * len(architectures) + 0.8, len(architectures), 1, sharex=True)
-    sizes = [space.map_sizes(a, image_size) for _, a in architectures]
-    largest = np.log2(max(size[0] for size in sizes)) + 1
-    written = 12 if space.num_layers <= 12 else 10
-    resolutions = sorted({size for row in sizes for size in row}, reverse=True)
-    for axis, (name, architecture), row in zip(axes, architectures, sizes, strict=True):
-        for layer, size in enumerate(row):
+    resolutions = sorted({size for _, sizes in architectures for size in sizes}, reverse=True)
+    largest = np.log2(resolutions[0]) + 1
+    num_layers = len(architectures[0][1])
+    written = 12 if num_layers <= 12 else 10
+    for axis, (name, sizes) in zip(axes, architectures, strict=True):
+        for layer, size in enumerate(sizes):
             height = (np.log2(size) + 1) / largest
             fill = colour(resolutions.index(size), len(resolutions))
             axis.add_patch(Rectangle((layer - 0.44, 0), 0.88, height, color=fill, alpha=0.35, linewidth=0))
             axis.text(layer, height / 2, str(size), ha="center", va="center", fontsize=written)
-            if layer in architecture.pool_positions:
+            if layer and size != sizes[layer - 1]:
                 axis.axvline(layer - 0.5, color=ACCENT, linewidth=2.5, ymax=0.92)
-        axis.set(xlim=(-0.6, space.num_layers - 0.4), ylim=(0, 1.08), yticks=[])
-        axis.set_ylabel(f"{architecture}\n{name}", rotation=0, ha="right", va="center", labelpad=8)
+        axis.set(xlim=(-0.6, num_layers - 0.4), ylim=(0, 1.08), yticks=[])
+        axis.set_ylabel(name, rotation=0, ha="right", va="center", labelpad=8)
         axis.grid(visible=False)
         axis.spines["left"].set_visible(False)
         axis.tick_params(length=0)
-    axes[-1].set_xticks(range(space.num_layers))
+    axes[-1].set_xticks(range(num_layers))
     axes[-1].set_xlabel("layer")
     return figure

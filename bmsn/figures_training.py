@@ -12,10 +12,8 @@ from numpy.typing import NDArray
 
 from bmsn.figures import MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, new_figure
 from bmsn.reporting_statistics import MixtureHistory
-from bmsn.space import SearchSpace
 
 _PANELS = 6  # snapshots of p(m|c) side by side
-_MAX_NAMED = 40  # architectures that still have their name beside a row
 
 
 def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
@@ -33,29 +31,35 @@ def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def assignment_figure(history: MixtureHistory, space: SearchSpace, steps_per_epoch: float | None) -> Figure:
-    """p(m|c) at several snapshots from the first to the last: a row for each architecture, a column a supernet."""
-    count = len(history.steps)
+def snapshots_figure(
+    matrices: NDArray[np.float64], titles: Sequence[str], *,
+    row_names: Sequence[str] | None, row_label: str, column_names: Sequence[str] | None, column_label: str, label: str,
+) -> Figure:  # fmt: skip
+    """Probabilities at several snapshots from the first to the last, side by side.
+
+    Args:
+        matrices: (S, rows, columns), in [0, 1].
+        titles: one a snapshot.
+        row_names, column_names: None: they are too many to be named.
+        row_label, column_label, label: what rows, columns and values are.
+    """
+    count, num_rows, _ = matrices.shape
     chosen = sorted({round(place) for place in np.linspace(0, count - 1, min(_PANELS, count))})
-    named = len(space) <= _MAX_NAMED
-    height = 0.215 * len(space) + 1.5 if named else 7.5
+    height = 7.5 if row_names is None else max(0.215 * num_rows, 1.8) + 1.5
     figure, axes = new_figure(height, 1, len(chosen), sharey=True)
-    num_supernets = history.assignments.shape[2]
     image = None
     for axis, snapshot in zip(axes, chosen, strict=True):
-        image = axis.imshow(history.assignments[snapshot], cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
-        step = int(history.steps[snapshot])
-        axis.set_title(f"step {step}" if steps_per_epoch is None else f"epoch {step / steps_per_epoch:.3g}")
+        image = axis.imshow(matrices[snapshot], cmap=SEQUENTIAL, vmin=0, vmax=1, aspect="auto")
+        axis.set_title(titles[snapshot])
         axis.grid(visible=False)
-        if num_supernets <= len(PALETTE):
-            axis.set_xticks(range(num_supernets))
-    if named:
-        axes[0].set_yticks(range(len(space)), [str(a) for a in space], fontsize=11)
-    else:
-        axes[0].set_ylabel("architecture, by pooling positions")
-    figure.supxlabel("supernet m")
+        if column_names is not None:
+            axis.set_xticks(range(len(column_names)), column_names)
+    if row_names is not None:
+        axes[0].set_yticks(range(num_rows), row_names, fontsize=11)
+    axes[0].set_ylabel(row_label)
+    figure.supxlabel(column_label)
     assert image is not None
-    figure.colorbar(image, ax=axes, label="p(m|c)", shrink=0.8, aspect=30)
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8, aspect=30)
     return figure
 
 

@@ -70,6 +70,11 @@ def cell(value: float | int | str | None, shown: str = "{}") -> Cell:
     return Cell(shown.format(value), str(value))
 
 
+def percent(share: float | None) -> Cell:
+    """A cell of a share in [0, 1] in percent."""
+    return cell(None if share is None else 100 * share, "{:.2f}")
+
+
 @dataclass(frozen=True)
 class Row:
     """Cells, one a column; marked rows have a background of their own."""

@@ -13,7 +13,7 @@ from bmsn.config import SearchConfig
 from bmsn.reporting_page import Block, Code, Heading, Row, Table, Text, cell
 from bmsn.reporting_run import ReportedRun
 
-_SECTIONS = (("environment", "Environment"), ("data", "Data"), ("timings", "Timings"))
+_SECTIONS = (("environment", "Environment"), ("data", "Data"), ("timings", "Timings"), ("cost", "Cost"))
 
 
 def reproduction(run: ReportedRun) -> list[Block]:

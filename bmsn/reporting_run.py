@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class ReportedRow:
     rank: int
     architecture: Architecture
     accuracy: float | None
-    supernet: int
+    supernet: int | None
     macs: int
     macs_ratio: float
     truth: float | None
@@ -49,11 +50,13 @@ class ReportedRun:
     Attributes:
         label: name of the folder, made unique among the runs of a report.
         finished: whether there is a result; else `rows` come from the last ranking or a[c,m] of the metrics, if any.
-        ranked_by: what `accuracy` of the rows is.
+        ranked_by: what the ranking is by, in words; by_accuracy: whether that is `accuracy` of the rows.
+        estimate: what `ema_accuracy` of the rows is, in words.
+        resolution_path: resolution of each layer (0: full, 1: half, ...), of a method that is not bound to the space.
         records: of metrics.jsonl, by kind, in the order of their steps.
         result: the content of result.json, empty while it is not there.
-        agreement: figures of the ranking ("ranking"), of a[c,m] ("ema") and of MACs ("macs") against the truth; empty
-            without a truth.
+        agreement: figures of the ranking ("ranking"), of accuracies where it is not by them ("accuracy"), of the
+            estimates ("ema") and of MACs ("macs") against the truth; empty without a truth.
         notes: what the reader must know.
         retrained: rows of retrain.csv.
     """
@@ -64,6 +67,9 @@ class ReportedRun:
     space: SearchSpace
     config: dict[str, Any]
     ranked_by: str
+    by_accuracy: bool
+    estimate: str
+    resolution_path: tuple[int, ...] | None
     rows: tuple[ReportedRow, ...]
     records: dict[str, list[dict[str, Any]]]
     result: dict[str, Any]
@@ -75,6 +81,11 @@ class ReportedRun:
     def data_name(self) -> str:
         """As the data set calls itself; of a run without a result, the end of what names it."""
         return str(self.result.get("data", {}).get("name", str(self.config.get("data")).rsplit("/", 1)[-1]))
+
+    @property
+    def whole(self) -> tuple[ReportedRow, ...]:
+        """The rows that were scored on all images: a race leaves some on fewer, not to be compared with these."""
+        return _whole(self.rows)
 
     @property
     def default(self) -> ReportedRow | None:
@@ -121,6 +132,8 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
             f"This run is unfinished: it has recorded {done} steps. Architectures are ranked by {ranked_by}; MACs are "
             f"those with a head of {num_classes} classes."
         )
+    method = result.get("method", {})
+    by_accuracy = not result or ranked_by.startswith("validation accuracy")
     truth, problem = _truth(config, space, truth_source)
     notes += [problem] if problem else []
     rows = [
@@ -128,7 +141,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
             rank=place,
             architecture=architecture,
             accuracy=cells.pop("accuracy", None),
-            supernet=cells.pop("supernet", 0),
+            supernet=cells.pop("supernet", None),
             macs=cells.pop("macs", macs[architecture.index]),
             macs_ratio=cells.pop("macs_ratio", macs[architecture.index] / macs[space.default.index]),
             truth=truth.get(architecture.index),
@@ -143,10 +156,13 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         space=space,
         config=config,
         ranked_by=ranked_by,
+        by_accuracy=by_accuracy,
+        estimate=str(method.get("estimate", "a[c,m]")),
+        resolution_path=_resolution_path(method.get("path"), space),
         rows=tuple(rows),
         records=records,
         result=result,
-        agreement=_agreement(rows, truth) if truth and rows else {},
+        agreement=_agreement(rows, truth, by_accuracy) if truth and rows else {},
         notes=tuple(notes),
         retrained=_read_retrained(path / "retrain.csv"),
     )
@@ -192,7 +208,8 @@ def _ranked(
     """What accuracies are, and the architectures from best to worst with their cells."""
     if result:
         cells = [dict(row) for row in result["ranking"]]
-        return "validation accuracy", [(space.find(row.pop("architecture")), row) for row in cells]
+        ranked_by = str(result.get("method", {}).get("ranked_by", "validation accuracy"))
+        return ranked_by, [(space.find(row.pop("architecture")), row) for row in cells]
     if "ranking" in records:
         last = records["ranking"][-1]
         scored = {space.find(slug): value for slug, value in last["accuracy"].items()}
@@ -224,13 +241,29 @@ def _truth(config: dict[str, Any], space: SearchSpace, source: str | None) -> tu
         return {}, f"The truth that the run was compared with cannot be read here, so it is not shown: {error}"
 
 
-def _agreement(rows: Sequence[ReportedRow], truth: dict[int, float]) -> dict[str, dict[str, Any]]:
-    """As the search computes it: of architectures that saw all images, by index."""
+def _whole(rows: Sequence[ReportedRow]) -> tuple[ReportedRow, ...]:
     most = max((row.other.get("images_seen", 0) for row in rows), default=0)
-    whole = [row for row in rows if row.accuracy is not None and row.other.get("images_seen", most) == most]
+    return tuple(row for row in rows if row.accuracy is not None and row.other.get("images_seen", most) == most)
+
+
+def _agreement(rows: Sequence[ReportedRow], truth: dict[int, float], by_accuracy: bool) -> dict[str, dict[str, Any]]:
+    """As the search computes it."""
     macs = {row.architecture.index: float(row.macs) for row in rows}
-    ema = {row.architecture.index: row.other["ema_accuracy"] for row in rows if "ema_accuracy" in row.other}
-    figures = {"ranking": agreement({row.architecture.index: row.accuracy or 0.0 for row in whole}, truth, macs)}
+    accuracy = {row.architecture.index: row.accuracy or 0.0 for row in _whole(rows)}
+    order = {row.architecture.index: -float(row.rank) for row in rows}
+    estimates = {row.architecture.index: row.other.get("ema_accuracy") for row in rows}
+    ema = {index: estimate for index, estimate in estimates.items() if estimate is not None}
+    figures = {"ranking": agreement(accuracy if by_accuracy else order, truth, macs)}
+    if accuracy and not by_accuracy:
+        figures["accuracy"] = agreement(accuracy, truth, macs)
     if ema:
         figures["ema"] = agreement(ema, truth, macs)
     return figures | {"macs": agreement(macs, truth, macs) | {"partial_kendall": None}}
+
+
+def _resolution_path(text: object, space: SearchSpace) -> tuple[int, ...] | None:
+    """`0-0-1-2-1` as numbers, one a layer; None where there is none."""
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)*", text):
+        return None
+    path = tuple(map(int, text.split("-")))
+    return path if len(path) == space.num_layers else None

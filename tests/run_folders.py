@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 
 from bmsn.config import SearchConfig
-from bmsn.result import RankedArchitecture, SearchResult
+from bmsn.result import SCHEMA_VERSION
 from bmsn.space import SearchSpace
 
 NUM_STEPS = 100
@@ -42,29 +42,29 @@ def make_records(space: SearchSpace, num_supernets: int, steps: tuple[int, ...],
     return records
 
 
-def make_result(
-    space: SearchSpace, accuracy: list[float | None], config: dict[str, Any], **changes: Any
-) -> SearchResult:
-    """A result in which architecture i has accuracy[i]; those without one come last."""
+def make_result(space: SearchSpace, accuracy: list[float | None], config: dict[str, Any], **changes: Any) -> str:
+    """result.json in which architecture i has accuracy[i]; those without one come last."""
     macs = [space.macs(a) for a in space]
     order = sorted(range(len(space)), key=lambda i: -1.0 if accuracy[i] is None else accuracy[i], reverse=True)
     total = 1000
     rows = [
-        RankedArchitecture(
-            rank=place, architecture=space[i], accuracy=accuracy[i],
-            standard_error=None if accuracy[i] is None else 0.01, images_seen=0 if accuracy[i] is None else total,
-            supernet=i % config["supernets"], macs=macs[i], macs_ratio=macs[i] / macs[space.default.index],
-            ema_accuracy=(accuracy[i] or 0.0) / 2, ema_rank=place,
-        )
+        {
+            "rank": place, "architecture": space[i].slug, "accuracy": accuracy[i], "index": i + 1,
+            "standard_error": None if accuracy[i] is None else 0.01,
+            "images_seen": 0 if accuracy[i] is None else total, "supernet": i % config["supernets"], "macs": macs[i],
+            "macs_ratio": macs[i] / macs[space.default.index], "ema_accuracy": (accuracy[i] or 0.0) / 2,
+            "ema_rank": place,
+        }
         for place, i in enumerate(order, start=1)
     ]  # fmt: skip
-    content: dict[str, Any] = dict(
-        ranking=tuple(rows), config=config,
-        environment={"torch": "2.13.0", "git_commit": "0123abcd", "cuda_device": None},
-        data={"name": "tiny", "fingerprint": "f00d", "num_train": 100, "num_classes": 10, "image_size": 32},
-        timings={"train_seconds": 12.5, "total_seconds": 14.25}, scores={"total": total}, truth={},
-    )  # fmt: skip
-    return SearchResult(**content | changes)
+    content = {
+        "schema_version": SCHEMA_VERSION, "best": rows[0]["architecture"], "config": config,
+        "environment": {"torch": "2.13.0", "git_commit": "0123abcd", "cuda_device": None},
+        "data": {"name": "tiny", "fingerprint": "f00d", "num_train": 100, "num_classes": 10, "image_size": 32},
+        "timings": {"train_seconds": 12.5, "total_seconds": 14.25}, "scores": {"total": total}, "truth": {},
+        "notes": [], "ranking": rows,
+    }  # fmt: skip
+    return json.dumps(content | changes)
 
 
 def write_run(
@@ -80,5 +80,5 @@ def write_run(
     (path / "metrics.jsonl").write_text("\n".join([*lines, ""]))
     if finished:
         accuracy = accuracy or [(i + 1) / (len(space) + 1) for i in range(len(space))]
-        (path / "result.json").write_text(make_result(space, accuracy, config, **result).to_json())
+        (path / "result.json").write_text(make_result(space, accuracy, config, **result))
     return path

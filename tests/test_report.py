@@ -210,6 +210,64 @@ def test_truth_that_is_gone_is_a_note_and_can_be_given(tmp_path: Path) -> None:
     assert "Against the truth" in report(run, truth=given).headings
 
 
+def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> None:
+    """As darts: no supernets, an estimate, a ranking that is not by accuracy, and shares of resolutions."""
+    rng = np.random.default_rng(5)
+    found, estimate, alone = (rng.permutation(15) / 20 for _ in range(3))
+    method = {"ranked_by": "the shares", "estimate": "mean share", "path": "0-0-1-2-1-1-1"}
+    run = write_run(tmp_path / "run", SPACE, method=method, cost={"training_images": 4711})
+    content = json.loads((run / "result.json").read_text())
+    by_index = {row["index"] - 1: row for row in content["ranking"]}
+    content["ranking"] = [
+        by_index[i] | {"rank": place, "accuracy": found[i], "ema_accuracy": estimate[i], "supernet": None}
+        for place, i in enumerate(np.argsort(-estimate).tolist(), start=1)
+    ]
+    content["ranking"][-1] |= {"ema_accuracy": None, "ema_rank": None}
+    (run / "result.json").write_text(json.dumps(content))
+    shares = rng.dirichlet([1.0] * 3, size=7).tolist()
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "alpha", "step": 9, "shares": shares, "path": "0"}) + "\n")
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", (100 * alone).tolist()))
+    assert page.headings[2:] == ["Against the truth", *ALWAYS[:4], "Resolutions", "To reproduce"]
+    rows = {row["ranking"]: row["tau-b"] for row in page.table("ranking")}
+    last = int(np.argmin(estimate))
+    rest = np.arange(15) != last
+    assert rows == {
+        "this ranking": f"{stats.kendalltau(estimate, alone).statistic:.3f}",
+        "by accuracy": f"{stats.kendalltau(found, alone).statistic:.3f}",
+        "by mean share": f"{stats.kendalltau(estimate[rest], alone[rest]).statistic:.3f}",
+        "by MACs alone": f"{stats.kendalltau([SPACE.macs(a) for a in SPACE], alone).statistic:.3f}",
+    }
+    ranking = page.table("rank")
+    assert ranking[-1]["mean share %"] == ranking[0]["supernet"] == "-"
+    assert "4711" in page.text
+    assert "Ranked by the shares." in page.text
+
+
+def test_method_that_scores_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE, accuracy=[None] * 15, method={"ranked_by": "MACs", "estimate": "MACs"})
+    (run / "metrics.jsonl").unlink()
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)]))
+    assert page.headings[2:] == [
+        "Against the truth",
+        "Ranking",
+        ALWAYS[1],
+        "Architectures",
+        "To reproduce",
+    ]  # of the truth
+
+
+def test_a_race_leaves_some_out_of_the_comparison(tmp_path: Path) -> None:
+    accuracy = [(i * 7 % 15) / 20 + 0.1 for i in range(15)]
+    run = write_run(tmp_path / "run", SPACE, accuracy=accuracy)
+    content = json.loads((run / "result.json").read_text())
+    for row in content["ranking"][5:]:
+        row["images_seen"] = 256
+    (run / "result.json").write_text(json.dumps(content))
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)]))
+    assert [row["n"] for row in page.table("ranking")] == ["5", "15", "15"]
+    assert [row["images"] for row in page.table("rank")] == ["1000"] * 5 + ["256"] * 10
+
+
 def test_older_schema(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", SPACE)
     content = json.loads((run / "result.json").read_text()) | {"schema_version": 1}
