@@ -10,24 +10,26 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from bmsn.figures import MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, new_figure
+from bmsn.figures import MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, finish_grid, new_figure
 from bmsn.reporting_statistics import MixtureHistory
 
 _PANELS = 6  # snapshots of p(m|c) side by side
 
 
 def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy, learning rate and 1/tau over epochs, from `step` records."""
-    figure, axes = new_figure(5.6, 2, 2, sharex=True)
+    """Loss, accuracy, learning rate and 1/tau over epochs, from `step` records; what no record has is left out."""
     panels = (("loss", "training loss", 1), ("accuracy", "accuracy on validation batches (%)", 100),
               ("lr", "learning rate", 1), ("inverse_temperature", "1/tau", 1))  # fmt: skip
-    for place, (axis, (key, label, factor)) in enumerate(zip(axes, panels, strict=True)):
-        known = [record for record in records if record.get(key) is not None]
-        axis.plot([r["epoch"] for r in known], [factor * r[key] for r in known], color=PALETTE[0])
+    known = {key: [(r["epoch"], r[key]) for r in records if r.get(key) is not None] for key, *_ in panels}
+    shown = [panel for panel in panels if known[panel[0]]]
+    rows = -(-len(shown) // 2)
+    figure, axes = new_figure(2.8 * rows, rows, 2)
+    for axis, (key, label, factor) in zip(axes, shown, strict=False):
+        axis.plot([epoch for epoch, _ in known[key]], [factor * value for _, value in known[key]], color=PALETTE[0])
         axis.set_title(label, loc="left")
         axis.set_ylim(bottom=0)
-        if place >= 2:
-            axis.set_xlabel("epoch")
+        axis.set_xlabel("epoch")
+    finish_grid(axes, len(shown))
     return figure
 
 

@@ -40,8 +40,9 @@ def _blocks(result: Interference) -> list[Block]:
         Text(
             f"Three supernets with the same first weights: one trained on {early} alone, one on {late} alone, one on "
             f"both in turn. All have the same number of updates on an architecture, so the alternating one has twice "
-            f"as many in all: what it lacks against the other two is interference. What a supernet reaches with the "
-            f"architecture it was not trained on shows how far the two go together."
+            f"as many in all: what it lacks against the other two is interference, what it has beyond them comes from "
+            f"sharing. What a supernet reaches with the architecture it was not trained on shows how far the two go "
+            f"together."
         ),
         _table(result),
         Plot("interference-accuracy", "Accuracy over training", f"Accuracy on {scored}.", accuracy_figure(result)),
