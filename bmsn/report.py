@@ -23,10 +23,10 @@ PROGRAM = "python -m bmsn.report"
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Write one HTML page about runs of bmsn.search, with its figures as PNG and SVG beside it.
+    """Write one HTML page about runs of bmsn.search and bmsn.compare, with its figures as PNG and SVG beside it.
 
     Attributes:
-        runs: run folders, finished or not.
+        runs: run folders, finished or not, and folders of comparisons.
         out: a file that ends in .html, or a folder; default: the folder `report` in the run, or here for several.
         truth: stand-alone accuracies to compare with instead of those that the runs name: "paper" or a CSV file.
         interference: instead of runs: train one supernet on an early-pooling architecture, on a late one, and on both.

@@ -1,4 +1,4 @@
-"""`write_report`: runs of bmsn.search as one HTML page; its figures are beside it as PNG and SVG."""
+"""`write_report`: runs of bmsn.search and comparisons as one HTML page; its figures are beside it as PNG and SVG."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bmsn.errors import InputError
 from bmsn.figures import style
+from bmsn.reporting_comparison import ReportedComparison, comparison_blocks, is_comparison, read_comparison
 from bmsn.reporting_found import WITHIN_SUPERNET, found_blocks
 from bmsn.reporting_page import Block, Page, Row, Section, Table, Text, cell, percent, write_page
 from bmsn.reporting_reproduction import reproduction
@@ -14,30 +15,44 @@ from bmsn.reporting_run import ReportedRun, read_runs
 from bmsn.reporting_training import training_blocks
 
 
-def write_report(runs: Sequence[str | Path], out: str | Path, *, truth: str | None = None) -> Path:
-    """Writes one self-contained HTML page about runs of bmsn.search, finished or not.
+def write_report(folders: Sequence[str | Path], out: str | Path, *, truth: str | None = None) -> Path:
+    """Writes one self-contained HTML page about runs of bmsn.search, finished or not, and comparisons of methods.
 
-    A part is there where its data is. The page loads nothing from elsewhere; its table sorts by a click.
+    A part is there where its data is. The page loads nothing from elsewhere; its tables sort by a click.
 
     Args:
-        runs: run folders; spaces and data may differ.
+        folders: run folders and folders of bmsn.compare; spaces and data may differ.
         out: a file that ends in .html, or a folder for report.html.
-        truth: stand-alone accuracies to compare with instead of those that the runs name: "paper" or a CSV file.
+        truth: stand-alone accuracies to compare runs with instead of those that they name: "paper" or a CSV file.
     Returns:
         The HTML file. Its figures are in <name>-figures beside it.
     Raises:
-        InputError: no run given, or what `read_runs` and `write_page` raise it for.
+        InputError: no folder given, or what `read_runs`, `read_comparison` and `write_page` raise it for.
     """
-    if not runs:
+    if not folders:
         raise InputError("a report needs at least one run folder; got none")
-    read = read_runs([Path(run) for run in runs], truth)
+    paths = [Path(folder) for folder in folders]
+    comparisons = [read_comparison(path) for path in paths if is_comparison(path)]
+    runs = read_runs([path for path in paths if not is_comparison(path)], truth)
     with style():
         sections = [
-            Section(run.label, f"run-{place}", _blocks(run, f"run-{place}")) for place, run in enumerate(read, start=1)
+            Section(comparison.label, f"comparison-{place}", comparison_blocks(comparison, f"comparison-{place}"))
+            for place, comparison in enumerate(comparisons, start=1)
         ]
-        title = f"{read[0].space.name} on {read[0].data_name}" if len(read) == 1 else f"{len(read)} searches"
-        page = Page(title, [_summary(read)] if len(read) > 1 else [], sections)
+        sections += [
+            Section(run.label, f"run-{place}", _blocks(run, f"run-{place}")) for place, run in enumerate(runs, start=1)
+        ]
+        page = Page(_title(runs, comparisons), [_summary(runs)] if len(runs) > 1 else [], sections)
         return write_page(page, Path(out), "report.html")
+
+
+def _title(runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison]) -> str:
+    if len(runs) == 1 and not comparisons:
+        return f"{runs[0].space.name} on {runs[0].data_name}"
+    if not runs and len(comparisons) == 1:
+        return f"Methods in {comparisons[0].content['space']} on {comparisons[0].content['data']}"
+    counted = ((len(runs), "search", "searches"), (len(comparisons), "comparison", "comparisons"))
+    return ", ".join(f"{count} {one if count == 1 else several}" for count, one, several in counted if count)
 
 
 def _summary(runs: Sequence[ReportedRun]) -> Table:
