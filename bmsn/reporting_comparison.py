@@ -68,7 +68,8 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     blocks: list[Block] = [
         Text(
             f"{content['space']} on {content['data']} against the truth {content['truth']}, seeds "
-            f"{', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % interval of the mean."
+            f"{', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
+            "interval of the mean, which is too narrow over few seeds (comparison.json has Student's beside it)."
             + (f" Without a row in the truth: {missing}." if missing else "")
         )
     ]

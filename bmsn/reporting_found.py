@@ -16,7 +16,7 @@ WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not
 def found_blocks(run: ReportedRun, name: str) -> list[Block]:
     """The blocks of a run, those without data left out; figures are called `name`-..."""
     blocks: list[Block] = []
-    for part in (_found, _against_truth, _ranking, _maps, _pareto, _drawings, _retrained):
+    for part in (_found, _against_truth, _ranking, _maps, _pareto, _drawings, _method, _retrained):
         blocks += part(run, name)
     return blocks
 
@@ -159,6 +159,24 @@ def _drawings(run: ReportedRun, name: str) -> list[Block]:
         rows.insert(0, ("path found", tuple(full // 2**resolution for resolution in run.resolution_path)))
     caption = "Height and width of each layer's output map, in pixels; lines: where it changes."
     return [Heading("Architectures"), Plot(f"{name}-drawings", "Architectures", caption, drawings(rows))]
+
+
+def _method(run: ReportedRun, name: str) -> list[Block]:
+    """What the method alone found: numbers and texts in one table, each table of its own (a list of rows, numbers by
+    name) by itself; what is neither is left out.
+    """
+    found = {k: v for k, v in run.result.get("method", {}).items() if k not in ("ranked_by", "estimate")}
+    plain = [Row([cell(key), cell(value)]) for key, value in found.items() if isinstance(value, str | int | float)]
+    tables = [Table(("found", "value"), plain)] if plain else []
+    for key, value in found.items():
+        if isinstance(value, dict) and value:
+            rows = [Row([cell(str(k)), cell(str(v))]) for k, v in value.items()]
+            tables.append(Table((key, "value"), rows, sortable=True))
+        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            columns = list(value[0])
+            rows = [Row([cell(row.get(column)) for column in columns]) for row in value]
+            tables.append(Table(columns, rows, key))
+    return [Heading("What the method found"), *tables] if tables else []
 
 
 def _retrained(run: ReportedRun, name: str) -> list[Block]:

@@ -214,7 +214,9 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
     """As darts: no supernets, an estimate, a ranking that is not by accuracy, and shares of resolutions."""
     rng = np.random.default_rng(5)
     found, estimate, alone = (rng.permutation(15) / 20 for _ in range(3))
-    method = {"ranked_by": "the shares", "estimate": "mean share", "path": "0-0-1-2-1-1-1"}
+    counts = [{"layer": 1, "keep": 7, "pool": 9}, {"layer": 2, "keep": None, "pool": 4}]
+    method = {"ranked_by": "the shares", "estimate": "mean share", "path": "0-0-1-2-1-1-1", "visits": {"1-1-5": 12},
+              "tree": counts, "shares": [[0.5, 0.5]]}  # fmt: skip
     run = write_run(tmp_path / "run", SPACE, method=method, cost={"training_images": 4711})
     content = json.loads((run / "result.json").read_text())
     by_index = {row["index"] - 1: row for row in content["ranking"]}
@@ -227,7 +229,16 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
     shares = rng.dirichlet([1.0] * 3, size=7).tolist()
     (run / "metrics.jsonl").write_text(json.dumps({"kind": "alpha", "step": 9, "shares": shares, "path": "0"}) + "\n")
     page = report(run, truth=write_truth(tmp_path / "truth.csv", (100 * alone).tolist()))
-    assert page.headings[2:] == ["Against the truth", *ALWAYS[:4], "Resolutions", "To reproduce"]
+    assert page.headings[2:] == [
+        "Against the truth",
+        *ALWAYS[:4],
+        "What the method found",
+        "Resolutions",
+        "To reproduce",
+    ]
+    assert page.table("found") == [{"found": "path", "value": "0-0-1-2-1-1-1"}]
+    assert page.table("visits") == [{"visits": "1-1-5", "value": "12"}]
+    assert page.table("layer")[1] == {"layer": "2", "keep": "-", "pool": "4"}
     rows = {row["ranking"]: row["tau-b"] for row in page.table("ranking")}
     last = int(np.argmin(estimate))
     rest = np.arange(15) != last
