@@ -97,7 +97,7 @@ class BuildExtension(build_ext):
 setup(
     packages=[*find_packages(include=["bmsn", "bmsn.*"]), "bmsn.kernels"],
     package_dir={"bmsn.kernels": "kernels/triton"},
-    package_data={"bmsn": ["py.typed", "**/*.csv"]},
+    package_data={"bmsn": ["py.typed", "**/*.csv", "templates/*.j2"]},
     ext_modules=[
         Extension(
             "bmsn._C",

@@ -1,0 +1,95 @@
+"""`write_report`: runs of bmsn.search and comparisons as one HTML page; its figures are beside it as PNG and SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from bmsn.errors import InputError
+from bmsn.figures import style
+from bmsn.reporting_comparison import ReportedComparison, comparison_blocks, is_comparison, read_comparison
+from bmsn.reporting_found import WITHIN_SUPERNET, found_blocks
+from bmsn.reporting_page import Block, Page, Row, Section, Table, Text, cell, percent, write_page
+from bmsn.reporting_reproduction import reproduction
+from bmsn.reporting_run import ReportedRun, read_runs
+from bmsn.reporting_training import training_blocks
+
+
+def write_report(folders: Sequence[str | Path], out: str | Path, *, truth: str | None = None) -> Path:
+    """Writes one self-contained HTML page about runs of bmsn.search, finished or not, and comparisons of methods.
+
+    A part is there where its data is. The page loads nothing from elsewhere; its tables sort by a click.
+
+    Args:
+        folders: run folders and folders of bmsn.compare; spaces and data may differ.
+        out: a file that ends in .html, or a folder for report.html.
+        truth: stand-alone accuracies to compare runs with instead of those that they name: "paper" or a CSV file.
+    Returns:
+        The HTML file. Its figures are in <name>-figures beside it.
+    Raises:
+        InputError: no folder given, or what `read_runs`, `read_comparison` and `write_page` raise it for.
+    """
+    if not folders:
+        raise InputError("a report needs at least one run folder; got none")
+    paths = [Path(folder) for folder in folders]
+    comparisons = [read_comparison(path) for path in paths if is_comparison(path)]
+    runs = read_runs([path for path in paths if not is_comparison(path)], truth)
+    with style():
+        sections = [
+            Section(comparison.label, f"comparison-{place}", comparison_blocks(comparison, f"comparison-{place}"))
+            for place, comparison in enumerate(comparisons, start=1)
+        ]
+        sections += [
+            Section(run.label, f"run-{place}", _blocks(run, f"run-{place}")) for place, run in enumerate(runs, start=1)
+        ]
+        page = Page(_title(runs, comparisons), [_summary(runs)] if len(runs) > 1 else [], sections)
+        return write_page(page, Path(out), "report.html")
+
+
+def _title(runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison]) -> str:
+    if len(runs) == 1 and not comparisons:
+        return f"{runs[0].space.name} on {runs[0].data_name}"
+    if not runs and len(comparisons) == 1:
+        return f"Methods in {comparisons[0].content['space']} on {comparisons[0].content['data']}"
+    counted = ((len(runs), "search", "searches"), (len(comparisons), "comparison", "comparisons"))
+    return ", ".join(f"{count} {one if count == 1 else several}" for count, one, several in counted if count)
+
+
+def _summary(runs: Sequence[ReportedRun]) -> Table:
+    """One row a run; a setting that all runs share stands in the caption."""
+    settings = {
+        "state": ["finished" if run.finished else "unfinished" for run in runs],
+        "space": [run.space.name for run in runs],
+        "data": [run.data_name for run in runs],
+        "method": [run.config.get("method", "mixture") for run in runs],
+        "M": [run.config.get("supernets") for run in runs],
+        "epochs": [run.config.get("epochs") for run in runs],
+        "seed": [run.config.get("seed") for run in runs],
+    }
+    differing = [name for name, values in settings.items() if any(value != values[0] for value in values)]
+    rows = []
+    for place, run in enumerate(runs):
+        best = run.rows[0] if run.rows else None
+        ranking, macs = run.agreement.get("ranking", {}), run.agreement.get("macs", {})
+        rows.append(Row([
+            cell(run.label), *(cell(settings[name][place]) for name in differing),
+            cell(str(best.architecture) if best else None), percent(best.accuracy if best else None),
+            cell(best.macs_ratio if best else None, "{:.2f}x"), cell(ranking.get("kendall_tau_b"), "{:.3f}"),
+            cell(ranking.get("partial_kendall"), "{:.3f}"), cell(macs.get("kendall_tau_b"), "{:.3f}"),
+            cell(ranking.get("regret_top1"), "{:.2f}"),
+            cell(run.result.get("timings", {}).get("total_seconds"), "{:.0f}"),
+        ]))  # fmt: skip
+    columns = ("best", "accuracy %", "MACs", "tau-b", "partial", "MACs alone", "regret", "seconds")
+    shared = ", ".join(f"{name} {values[0]}" for name, values in settings.items() if name not in differing)
+    caption = (
+        f"{WITHIN_SUPERNET} Against the truth: tau-b of the ranking, the same with MACs held fixed, tau-b of MACs "
+        "alone, and regret of the best in points. A dash: not there, or not defined."
+    )
+    caption += f" All runs: {shared}." if shared else ""
+    return Table(("run", *differing, *columns), rows, caption, sortable=True)
+
+
+def _blocks(run: ReportedRun, name: str) -> list[Block]:
+    """Everything about a run; figures are called `name`-..."""
+    notes: list[Block] = [Text(note, is_note=True) for note in run.notes]
+    return notes + found_blocks(run, name) + training_blocks(run, name) + reproduction(run)

@@ -1,0 +1,155 @@
+"""The part of a report about a comparison of methods: what `python -m bmsn.compare` left in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bmsn.errors import InputError
+from bmsn.figures_comparison import comparison_figure
+from bmsn.reporting_page import Block, Cell, Code, Heading, Plot, Row, Table, Text, cell
+
+_FILE, _SCHEMA = "comparison.json", 1
+_HEAD = ("budget", "method", "seeds")
+_PICKED = (
+    ("accuracy", "accuracy %", "{:.2f}"), ("regret_top1", "regret", "{:.2f}"), ("regret_top3", "top 3", "{:.2f}"),
+    ("regret_top5", "top 5", "{:.2f}"), ("macs_ratio", "MACs", "{:.2f}x"), ("gain_within_macs", "gain at 1x", "{:.2f}"),
+)  # fmt: skip
+_RANKED = (
+    ("kendall_tau_b", "tau-b", "{:.3f}"), ("spearman", "Spearman", "{:.3f}"), ("partial_kendall", "partial", "{:.3f}"),
+)  # fmt: skip
+_PAIRED = (_PICKED[0], _PICKED[1], _PICKED[5], *_RANKED)
+_COSTS = (("training_images", "training images"), ("validation_images", "validation images"))
+_TO_REPRODUCE = ("space", "pool", "data", "data_fingerprint", "truth", "seeds", "budgets", "settings", "methods")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedComparison:
+    """A comparison: its folder, and comparison.json as it stands."""
+
+    path: Path
+    label: str
+    content: dict[str, Any]
+
+
+def is_comparison(path: Path) -> bool:
+    """Whether a folder holds a comparison."""
+    return (path / _FILE).is_file()
+
+
+def read_comparison(path: Path) -> ReportedComparison:
+    """The comparison in a folder. Raises InputError for a damaged file or one of a newer schema."""
+    file = path / _FILE
+    try:
+        content = json.loads(file.read_text())
+        version = content["schema_version"]
+        if not isinstance(version, int) or version > _SCHEMA:
+            raise InputError(f"{file}: schema_version must be at most {_SCHEMA}; got {version}")
+        for row in content["methods_over_seeds"]:
+            for name, *_ in (*_PICKED, *_RANKED):
+                float(row["figures"][name]["mean"] or 0)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file}: not a result of bmsn.compare: {error!r}") from error
+    return ReportedComparison(path=path, label=path.resolve().name, content=content)
+
+
+def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
+    """The blocks of a comparison, those without data left out; figures are called `name`-..."""
+    content = comparison.content
+    rows = content["methods_over_seeds"]
+    missing = ", ".join(content.get("truth_missing", ()))
+    blocks: list[Block] = [
+        Text(
+            f"{content['space']} on {content['data']} against the truth {content['truth']}, seeds "
+            f"{', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
+            "interval of the mean, which is too narrow over few seeds (comparison.json has Student's beside it)."
+            + (f" Without a row in the truth: {missing}." if missing else "")
+        )
+    ]
+    if not rows:
+        return [*blocks, Text("No search has finished yet.", is_note=True)]
+    blocks += [
+        Plot(f"{name}-comparison", "Methods", "Means over seeds; bars: 95 % intervals.", comparison_figure(rows)),
+        Heading("What they pick"),
+        _picks(content),
+        Heading("How they rank, and what they cost"),
+        _rankings(content),
+    ]
+    if content.get("paired"):
+        blocks += [Heading("Differences, seed by seed"), _paired(content["paired"])]
+    undefined = {
+        f"{row['method']}, {label}: {row['figures'][key]['undefined']}"
+        for row in rows
+        for key, label, _ in (*_PICKED, *_RANKED)
+        if row["figures"][key].get("undefined")
+    }
+    blocks += [Text(f"Not defined: {reason}") for reason in sorted(undefined)]
+    about = {key: content[key] for key in _TO_REPRODUCE if key in content}
+    return [*blocks, Heading("To reproduce"), Code(yaml.safe_dump(about, sort_keys=False, allow_unicode=True).rstrip())]
+
+
+def _picks(content: Mapping[str, Any]) -> Table:
+    rows = []
+    for row in content["methods_over_seeds"]:
+        picks = [f"{pick} ({count})" for pick, count in row["picks"].items()] + [f"path {p}" for p in row["paths"]]
+        rows.append(Row([*_head(row), cell(", ".join(picks)), *_figures(row["figures"], _PICKED)]))
+    caption = (
+        "accuracy: of the pick, trained alone; regret: of the pick and of the best among the first 3 and 5, in points; "
+        "gain at 1x: over the default at no more MACs than it has."
+    )
+    return Table((*_HEAD, "picks", *(label for _, label, _ in _PICKED)), rows, caption, sortable=True)
+
+
+def _rankings(content: Mapping[str, Any]) -> Table:
+    seconds: dict[tuple[int, str], list[float]] = {}
+    for timing in content.get("timings", ()):
+        seconds.setdefault((timing["budget"], timing["method"]), []).append(timing["train_seconds"])
+    rows = []
+    for row in content["methods_over_seeds"]:
+        took = seconds.get((row["budget"], row["method"]))
+        rows.append(Row([
+            *_head(row), *_figures(row["figures"], _RANKED),
+            *(cell(row["costs"].get(key), "{:.0f}") for key, _ in _COSTS),
+            cell(sum(took) / len(took) if took else None, "{:.0f}"),
+        ]))  # fmt: skip
+    columns = (*_HEAD, *(label for _, label, _ in _RANKED), *(label for _, label in _COSTS), "training s")
+    caption = (
+        "partial: tau-b with MACs held fixed. The budget counts epochs of the training half; validation images stand "
+        "beside it."
+    )
+    return Table(columns, rows, caption, sortable=True)
+
+
+def _paired(pairs: Sequence[Mapping[str, Any]]) -> Table:
+    rows = [
+        Row([cell(pair["budget"]), cell(pair["method"]), cell(pair["baseline"]), *_figures(pair["figures"], _PAIRED)])
+        for pair in pairs
+    ]
+    columns = ("budget", "method", "less", *(label for _, label, _ in _PAIRED))
+    return Table(
+        columns, rows, "Each method less a baseline with the same seed; all figures: paired.csv.", sortable=True
+    )
+
+
+def _head(row: Mapping[str, Any]) -> list[Cell]:
+    return [cell(row["budget"]), cell(row["method"]), cell(row["seeds"])]
+
+
+def _figures(figures: Mapping[str, Any], chosen: Sequence[tuple[str, str, str]]) -> list[Cell]:
+    """A cell for each figure: the mean, and below it [low, high]; it sorts by the mean."""
+    cells = []
+    for key, _, shown in chosen:
+        figure = figures[key]
+        made = cell(figure["mean"], shown)
+        if figure["mean"] is not None and figure["bootstrap"]:
+            low, high = figure["bootstrap"]
+            made = Cell(f"{made.text}\n[{shown.format(low)}, {shown.format(high)}]", made.key)
+        cells.append(made)
+    return cells

@@ -1,0 +1,192 @@
+"""The parts of a report about what a run found: agreement with the truth, ranking, maps, cost, drawings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bmsn.figures_accuracy import accuracy_map, drawings, pareto_figure, truth_figure
+from bmsn.reporting_page import Block, Cell, Heading, Plot, Row, Table, Text, cell, percent
+from bmsn.reporting_run import ReportedRow, ReportedRun
+from bmsn.reporting_statistics import pareto_front
+
+WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not after retraining."
+
+
+def found_blocks(run: ReportedRun, name: str) -> list[Block]:
+    """The blocks of a run, those without data left out; figures are called `name`-..."""
+    blocks: list[Block] = []
+    for part in (_found, _against_truth, _ranking, _maps, _pareto, _drawings, _method, _retrained):
+        blocks += part(run, name)
+    return blocks
+
+
+def _found(run: ReportedRun, name: str) -> list[Block]:
+    if not run.rows:
+        return []
+    best, default = run.rows[0], run.default
+    parts = [
+        f"Best: {best.architecture}{_accuracy(best)}, {best.macs_ratio:.2f}x the MACs of the default, pooling before "
+        f"layers {_positions(best)}."
+    ]
+    if default is not None and default is not best:
+        parts.append(f"The default {default.architecture}{_accuracy(default)} has rank {default.rank}.")
+    return [Text(" ".join([*parts, f"Ranked by {run.ranked_by}.", WITHIN_SUPERNET]))]
+
+
+def _accuracy(row: ReportedRow) -> str:
+    return "" if row.accuracy is None else f" ({100 * row.accuracy:.2f} %)"
+
+
+def _against_truth(run: ReportedRun, name: str) -> list[Block]:
+    if not run.agreement:
+        return []
+    names = {"ranking": "this ranking", "accuracy": "by accuracy", "ema": f"by {run.estimate}", "macs": "by MACs alone"}
+    rows = []
+    for key, figures in run.agreement.items():
+        numbers = [figures[field] for field in ("kendall_tau_b", "spearman", "partial_kendall")]
+        regrets = [figures[f"regret_top{k}"] for k in (1, 3, 5)]
+        rows.append(Row([
+            cell(names[key]), *(cell(number, "{:.3f}") for number in numbers),
+            *(cell(regret, "{:.2f}") for regret in regrets), cell(figures["n"]), cell(figures.get("undefined", "")),
+        ]))  # fmt: skip
+    columns = ["ranking", "tau-b", "Spearman", "tau-b | MACs", "regret of top 1", "top 3", "top 5", "n", "not defined"]
+    if not any("undefined" in figures for figures in run.agreement.values()):
+        columns = columns[:-1]
+        rows = [Row(row.cells[:-1]) for row in rows]
+    without = [str(row.architecture) for row in run.rows if row.truth is None]
+    missing = f" Without a row in the truth: {', '.join(without)}." if without else ""
+    caption = f"Regret in points of accuracy trained alone. A search must beat MACs to have learnt anything.{missing}"
+    blocks: list[Block] = [Heading("Against the truth"), Table(columns, rows, caption)]
+    shown = [(row, row.accuracy, row.truth) for row in run.whole if row.accuracy is not None and row.truth is not None]
+    if shown:
+        figure = truth_figure(
+            [100 * accuracy for _, accuracy, _ in shown], [row.macs_ratio for row, *_ in shown],
+            [truth for *_, truth in shown], [row.supernet for row, *_ in shown],
+            (_tau("search", run.agreement.get("accuracy", run.agreement["ranking"])),
+             _tau("MACs alone", run.agreement["macs"])),
+            "accuracy in the supernet (%)",
+        )  # fmt: skip
+        caption = "Left: accuracy in the search against accuracy trained alone. Right: MACs in place of a search."
+        blocks.append(Plot(f"{name}-truth", "Search against truth", caption, figure))
+    return blocks
+
+
+def _tau(what: str, figures: dict[str, Any]) -> str:
+    tau = figures["kendall_tau_b"]
+    return f"{what}: " + (f"no tau-b ({figures['undefined']})" if tau is None else f"tau-b {tau:.3f}")
+
+
+def _ranking(run: ReportedRun, name: str) -> list[Block]:
+    scored = [row for row in run.rows if row.accuracy is not None]
+    if not run.rows:
+        return []
+    places = pareto_front([row.macs for row in scored], [row.accuracy or 0.0 for row in scored])
+    front = {scored[place].architecture for place in places}
+    total = run.result.get("scores", {}).get("total")
+    optional: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
+        ("± %", "standard_error" in run.rows[0].other, lambda row: percent(row.other["standard_error"])),
+        ("images", any(row.other.get("images_seen", total) != total for row in run.rows),
+         lambda row: cell(row.other["images_seen"])),
+        (f"{run.estimate} %", any(row.other.get("ema_accuracy") is not None for row in run.rows),
+         lambda row: percent(row.other["ema_accuracy"])),
+        (f"{run.estimate} rank", any(row.other.get("ema_rank") is not None for row in run.rows),
+         lambda row: cell(row.other["ema_rank"])),
+        ("alone %", any(row.truth is not None for row in run.rows), lambda row: cell(row.truth, "{:.2f}")),
+    ]  # fmt: skip
+    shown = [(column, make) for column, there, make in optional if there]
+    rows = [
+        Row(
+            [
+                cell(row.rank), cell(str(row.architecture)), cell(_positions(row)), percent(row.accuracy),
+                cell(row.supernet), cell(row.macs / 1e6, "{:.1f}"), cell(row.macs_ratio, "{:.2f}x"),
+                cell("yes" if row.architecture in front else ""), *(make(row) for _, make in shown),
+            ],
+            is_marked=row.architecture == run.space.default,
+        )
+        for row in run.rows
+    ]  # fmt: skip
+    columns = ("rank", "architecture", "pooling before", "accuracy %", "supernet", "MACs (M)", "MACs", "Pareto")
+    caption = f"By {run.ranked_by}. A click on a column sorts by it. The default architecture is marked."
+    return [Heading("Ranking"), Table((*columns, *(column for column, _ in shown)), rows, caption, sortable=True)]
+
+
+def _maps(run: ReportedRun, name: str) -> list[Block]:
+    best = run.rows[0].architecture if run.rows else None
+    found = {row.architecture.index: 100 * row.accuracy for row in run.rows if row.accuracy is not None}
+    alone = {row.architecture.index: row.truth for row in run.rows if row.truth is not None}
+    best_alone = run.space[max(alone, key=lambda index: alone[index])] if alone else None
+    blocks: list[Block] = []
+    maps = (
+        ("map", "search", "in the supernet", found, best),
+        ("map-truth", "truth", "trained alone", alone, best_alone),
+    )
+    for file, what, label, values, marked in maps:
+        figure = accuracy_map(run.space, values, f"accuracy {label} (%)", marked) if values else None
+        if figure is not None:
+            caption = f"Accuracy {label}. Bold frame: the best; dashed: the default architecture."
+            blocks.append(Plot(f"{name}-{file}", f"Accuracy by pooling positions: {what}", caption, figure))
+    return [Heading("Accuracy by pooling positions"), *blocks] if blocks else []
+
+
+def _pareto(run: ReportedRun, name: str) -> list[Block]:
+    scored = [(row, row.accuracy) for row in run.rows if row.accuracy is not None]
+    if not scored:
+        return []
+    default = next((i for i, (row, _) in enumerate(scored) if row.architecture == run.space.default), None)
+    figure = pareto_figure(
+        [str(row.architecture) for row, _ in scored], [row.macs_ratio for row, _ in scored],
+        [100 * accuracy for _, accuracy in scored], default=default,
+        labels=("MACs relative to the default", "accuracy in the supernet (%)"),
+    )  # fmt: skip
+    caption = "Nothing is at once cheaper and better than what is on the front."
+    return [Heading("Accuracy against cost"), Plot(f"{name}-pareto", "Pareto front", caption, figure)]
+
+
+def _drawings(run: ReportedRun, name: str) -> list[Block]:
+    if not run.rows:
+        return []
+    chosen = {row.architecture: f"rank {row.rank}" for row in run.rows[:3]}
+    default, cheap = run.default, next((row for row in run.rows if row.macs_ratio <= 1), None)
+    if cheap is not None and cheap.rank > 3:
+        chosen[cheap.architecture] = f"rank {cheap.rank}, best\nat ≤ 1x MACs"
+    if default is not None:
+        chosen[default.architecture] = f"default, rank {default.rank}"
+    size = run.result.get("data", {}).get("image_size", run.space.image_size)
+    rows = [(f"{a}\n{what}", run.space.map_sizes(a, size)) for a, what in chosen.items()]
+    if run.resolution_path is not None:
+        full = rows[0][1][0]  # the first layer is never pooled
+        rows.insert(0, ("path found", tuple(full // 2**resolution for resolution in run.resolution_path)))
+    caption = "Height and width of each layer's output map, in pixels; lines: where it changes."
+    return [Heading("Architectures"), Plot(f"{name}-drawings", "Architectures", caption, drawings(rows))]
+
+
+def _method(run: ReportedRun, name: str) -> list[Block]:
+    """What the method alone found: numbers and texts in one table, each table of its own (a list of rows, numbers by
+    name) by itself; what is neither is left out.
+    """
+    found = {k: v for k, v in run.result.get("method", {}).items() if k not in ("ranked_by", "estimate")}
+    plain = [Row([cell(key), cell(value)]) for key, value in found.items() if isinstance(value, str | int | float)]
+    tables = [Table(("found", "value"), plain)] if plain else []
+    for key, value in found.items():
+        if isinstance(value, dict) and value:
+            rows = [Row([cell(str(k)), cell(str(v))]) for k, v in value.items()]
+            tables.append(Table((key, "value"), rows, sortable=True))
+        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            columns = list(value[0])
+            rows = [Row([cell(row.get(column)) for column in columns]) for row in value]
+            tables.append(Table(columns, rows, key))
+    return [Heading("What the method found"), *tables] if tables else []
+
+
+def _retrained(run: ReportedRun, name: str) -> list[Block]:
+    if not run.retrained:
+        return []
+    columns = list(run.retrained[0])
+    rows = [Row([cell(row[column] or None) for column in columns]) for row in run.retrained]
+    caption = "Test accuracy of networks trained from scratch, in percent, after the last epoch (retrain.csv)."
+    return [Heading("Retrained alone"), Table(columns, rows, caption, sortable=True)]
+
+
+def _positions(row: ReportedRow) -> str:
+    return ", ".join(map(str, row.architecture.pool_positions))

@@ -1,0 +1,269 @@
+"""`ReportedRun`: what a report shows of one run folder, finished or not, of this schema or an older one."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bmsn.correlation import agreement, load_truth
+from bmsn.errors import InputError
+from bmsn.result import SCHEMA_VERSION
+from bmsn.runfolder import read_metrics
+from bmsn.space import Architecture, SearchSpace
+
+_CLASSES_ASSUMED = 10  # of the head's MACs, where no result says how many there are
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRow:
+    """One architecture of a ranking, best first.
+
+    Attributes:
+        accuracy: in [0, 1]; None: not scored.
+        macs_ratio: multiply-accumulates relative to the space's default architecture.
+        truth: stand-alone accuracy in percent; None: unknown.
+        other: the remaining cells of result.json, by name.
+    """
+
+    rank: int
+    architecture: Architecture
+    accuracy: float | None
+    supernet: int | None
+    macs: int
+    macs_ratio: float
+    truth: float | None
+    other: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportedRun:
+    """One run.
+
+    Attributes:
+        label: name of the folder, made unique among the runs of a report.
+        finished: whether there is a result; else `rows` come from the last ranking or a[c,m] of the metrics, if any.
+        ranked_by: what the ranking is by, in words; by_accuracy: whether that is `accuracy` of the rows.
+        estimate: what `ema_accuracy` of the rows is, in words.
+        resolution_path: resolution of each layer (0: full, 1: half, ...), of a method that is not bound to the space.
+        records: of metrics.jsonl, by kind, in the order of their steps.
+        result: the content of result.json, empty while it is not there.
+        agreement: figures of the ranking ("ranking"), of accuracies where it is not by them ("accuracy"), of the
+            estimates ("ema") and of MACs ("macs") against the truth; empty without a truth.
+        notes: what the reader must know.
+        retrained: rows of retrain.csv.
+    """
+
+    path: Path
+    label: str
+    finished: bool
+    space: SearchSpace
+    config: dict[str, Any]
+    ranked_by: str
+    by_accuracy: bool
+    estimate: str
+    resolution_path: tuple[int, ...] | None
+    rows: tuple[ReportedRow, ...]
+    records: dict[str, list[dict[str, Any]]]
+    result: dict[str, Any]
+    agreement: dict[str, dict[str, Any]]
+    notes: tuple[str, ...]
+    retrained: tuple[dict[str, str], ...]
+
+    @property
+    def data_name(self) -> str:
+        """As the data set calls itself; of a run without a result, the end of what names it."""
+        return str(self.result.get("data", {}).get("name", str(self.config.get("data")).rsplit("/", 1)[-1]))
+
+    @property
+    def whole(self) -> tuple[ReportedRow, ...]:
+        """The rows that were scored on all images: a race leaves some on fewer, not to be compared with these."""
+        return _whole(self.rows)
+
+    @property
+    def default(self) -> ReportedRow | None:
+        """The space's default architecture; None where nothing is ranked yet."""
+        return next((row for row in self.rows if row.architecture == self.space.default), None)
+
+
+def read_runs(paths: Sequence[Path], truth: str | None = None) -> list[ReportedRun]:
+    """The runs in these folders; `truth` replaces the one that they name.
+
+    Raises:
+        InputError: a folder without a run, one in which nothing has been recorded yet, a damaged file, a newer schema,
+            or a `truth` that is not of a run's space.
+    """
+    labels: list[str] = []
+    for path in paths:
+        name = path.resolve().name
+        labels.append(name if name not in labels else f"{name}-{len(labels) + 1}")
+    return [_read_run(path, label, truth) for path, label in zip(paths, labels, strict=True)]
+
+
+def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
+    config, result = _read_config(path), _read_result(path / "result.json")
+    metrics = path / "metrics.jsonl"
+    records: dict[str, list[dict[str, Any]]] = {}
+    for record in read_metrics(metrics) if metrics.is_file() else []:
+        records.setdefault(str(record.get("kind")), []).append(record)
+    if not result and not records:
+        raise InputError(f"{path}: the run is unfinished and has recorded nothing yet")
+    try:
+        config = result.get("config", config)
+        space = SearchSpace.named(config["space"], pool=config.get("pool"))
+        num_classes = result["data"]["num_classes"] if result else _CLASSES_ASSUMED
+        macs = [space.macs(a, num_classes=num_classes) for a in space]
+        ranked_by, ranked = _ranked(space, result, records)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a run of bmsn.search: {error!r}") from error
+    notes = [str(note) for note in result.get("notes", ())]
+    if not result:
+        done = max(record["step"] for kind in records.values() for record in kind)
+        notes.append(
+            f"This run is unfinished: it has recorded {done} steps. Architectures are ranked by {ranked_by}; MACs are "
+            f"those with a head of {num_classes} classes."
+        )
+    method = result.get("method", {})
+    by_accuracy = not result or ranked_by.startswith("validation accuracy")
+    truth, problem = _truth(config, space, truth_source)
+    notes += [problem] if problem else []
+    rows = [
+        ReportedRow(
+            rank=place,
+            architecture=architecture,
+            accuracy=cells.pop("accuracy", None),
+            supernet=cells.pop("supernet", None),
+            macs=cells.pop("macs", macs[architecture.index]),
+            macs_ratio=cells.pop("macs_ratio", macs[architecture.index] / macs[space.default.index]),
+            truth=truth.get(architecture.index),
+            other=cells,
+        )
+        for place, (architecture, cells) in enumerate(ranked, start=1)
+    ]
+    return ReportedRun(
+        path=path,
+        label=label,
+        finished=bool(result),
+        space=space,
+        config=config,
+        ranked_by=ranked_by,
+        by_accuracy=by_accuracy,
+        estimate=str(method.get("estimate", "a[c,m]")),
+        resolution_path=_resolution_path(method.get("path"), space),
+        rows=tuple(rows),
+        records=records,
+        result=result,
+        agreement=_agreement(rows, truth, by_accuracy) if truth and rows else {},
+        notes=tuple(notes),
+        retrained=_read_retrained(path / "retrain.csv"),
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = yaml.safe_load((path / "config.yaml").read_bytes())
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: holds no run of bmsn.search (it has no config.yaml)") from error
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"{path / 'config.yaml'}: cannot be read: {error}") from error
+    if not isinstance(config, dict) or "space" not in config:
+        raise InputError(f"{path}: holds no run of bmsn.search (its config.yaml names no space)")
+    return config
+
+
+def _read_result(path: Path) -> dict[str, Any]:
+    """result.json as it stands, {} where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+        version = content["schema_version"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: not a result of bmsn.search: {error!r}") from error
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise InputError(
+            f"{path}: schema_version must be at most {SCHEMA_VERSION}, which this version of bmsn writes; got {version}"
+        )
+    return content
+
+
+def _read_retrained(path: Path) -> tuple[dict[str, str], ...]:
+    if not path.is_file():
+        return ()
+    return tuple(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
+
+
+def _ranked(
+    space: SearchSpace, result: dict[str, Any], records: dict[str, list[dict[str, Any]]]
+) -> tuple[str, list[tuple[Architecture, dict[str, Any]]]]:
+    """What accuracies are, and the architectures from best to worst with their cells."""
+    if result:
+        cells = [dict(row) for row in result["ranking"]]
+        ranked_by = str(result.get("method", {}).get("ranked_by", "validation accuracy"))
+        return ranked_by, [(space.find(row.pop("architecture")), row) for row in cells]
+    if "ranking" in records:
+        last = records["ranking"][-1]
+        scored = {space.find(slug): value for slug, value in last["accuracy"].items()}
+        order = sorted(scored, key=lambda a: -1.0 if scored[a] is None else scored[a], reverse=True)
+        return f"validation accuracy after epoch {last['epoch']}", [
+            (a, {"accuracy": scored[a], "supernet": last["supernet"][a.slug]}) for a in order
+        ]
+    if "mixture" in records:
+        last = records["mixture"][-1]
+        scores, best = np.array(last["scores"]), np.array(last["assignment"]).argmax(1)
+        ema = scores[np.arange(len(best)), best]
+        return f"a[c,m] after step {last['step']}", [
+            (space[i], {"accuracy": float(ema[i]), "supernet": int(best[i])})
+            for i in np.argsort(-ema, kind="stable").tolist()
+        ]
+    return "nothing yet", []
+
+
+def _truth(config: dict[str, Any], space: SearchSpace, source: str | None) -> tuple[dict[int, float], str]:
+    """Stand-alone accuracies by index, and a note where the run names some that are not to be had here."""
+    if source is not None:
+        return load_truth(source, space), ""
+    named = config.get("truth")
+    if not named:
+        return {}, ""
+    try:
+        return load_truth(named, space), ""
+    except InputError as error:
+        return {}, f"The truth that the run was compared with cannot be read here, so it is not shown: {error}"
+
+
+def _whole(rows: Sequence[ReportedRow]) -> tuple[ReportedRow, ...]:
+    most = max((row.other.get("images_seen", 0) for row in rows), default=0)
+    return tuple(row for row in rows if row.accuracy is not None and row.other.get("images_seen", most) == most)
+
+
+def _agreement(rows: Sequence[ReportedRow], truth: dict[int, float], by_accuracy: bool) -> dict[str, dict[str, Any]]:
+    """As the search computes it."""
+    macs = {row.architecture.index: float(row.macs) for row in rows}
+    accuracy = {row.architecture.index: row.accuracy or 0.0 for row in _whole(rows)}
+    order = {row.architecture.index: -float(row.rank) for row in rows}
+    estimates = {row.architecture.index: row.other.get("ema_accuracy") for row in rows}
+    ema = {index: estimate for index, estimate in estimates.items() if estimate is not None}
+    figures = {"ranking": agreement(accuracy if by_accuracy else order, truth, macs)}
+    if accuracy and not by_accuracy:
+        figures["accuracy"] = agreement(accuracy, truth, macs)
+    if ema:
+        figures["ema"] = agreement(ema, truth, macs)
+    return figures | {"macs": agreement(macs, truth, macs) | {"partial_kendall": None}}
+
+
+def _resolution_path(text: object, space: SearchSpace) -> tuple[int, ...] | None:
+    """`0-0-1-2-1` as numbers, one a layer; None where there is none."""
+    if not isinstance(text, str) or not re.fullmatch(r"\d+(-\d+)*", text):
+        return None
+    path = tuple(map(int, text.split("-")))
+    return path if len(path) == space.num_layers else None

@@ -1,0 +1,455 @@
+"""Reports: their numbers against the run's files and scipy, what is there when, one file alone, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from scipy import stats
+
+from bmsn.config import SearchConfig
+from bmsn.errors import InputError
+from bmsn.figures import style, to_png, to_svg
+from bmsn.figures_accuracy import accuracy_map
+from bmsn.report import main
+from bmsn.reporting import write_report
+from bmsn.reporting_reproduction import search_command
+from bmsn.result import SCHEMA_VERSION
+from bmsn.run import run_search
+from bmsn.search import parse
+from bmsn.space import SearchSpace
+from html_pages import HtmlPage
+from run_folders import write_run
+from searching import write_tiny_set
+
+SPACE = SearchSpace.named("resnet14-cifar10")
+ALWAYS = ["Ranking", "Accuracy by pooling positions", "Accuracy against cost", "Architectures", "Training",
+          "The mixture", "To reproduce"]  # fmt: skip
+
+
+def write_truth(path: Path, accuracies: list[float]) -> str:
+    rows = [f"{a.slug},{value}" for a, value in zip(SPACE, accuracies, strict=False)]
+    path.write_text("\n".join(["stage_depths,accuracy_mean", *rows, ""]))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made but not drawn, which takes seconds, except in tests marked `drawn`."""
+    if request.node.get_closest_marker("drawn") is None:
+        monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
+        monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
+
+
+def report(*runs: Path, **options: str) -> HtmlPage:
+    return HtmlPage.read(write_report(runs, runs[0].parent / "page.html", **options))
+
+
+# Numbers. -------------------------------------------------------------------------------------------------------------
+
+
+def test_numbers_are_those_of_the_run_and_of_scipy(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    found, alone = rng.permutation(15) / 20, rng.permutation(15) + 50.0
+    truth = write_truth(tmp_path / "truth.csv", alone.tolist())
+    page = report(write_run(tmp_path / "run", SPACE, accuracy=found.tolist(), truth=truth))
+
+    macs = np.array([SPACE.macs(a) for a in SPACE])
+    rows = page.table("rank")
+    order = np.argsort(-found)
+    assert [row["architecture"] for row in rows] == [str(SPACE[i]) for i in order]
+    assert [float(row["accuracy %"]) for row in rows] == pytest.approx(100 * found[order], abs=0.006)
+    assert [float(row["alone %"]) for row in rows] == pytest.approx(alone[order], abs=0.006)
+    assert [row["pooling before"] for row in rows] == [", ".join(map(str, SPACE[i].pool_positions)) for i in order]
+    front = [i for i in order if not any((macs[j] <= macs[i]) and found[j] > found[i] for j in range(15))]
+    assert {row["architecture"] for row in rows if row["Pareto"]} == {str(SPACE[i]) for i in front}
+
+    ranking, ema, by_macs = page.table("ranking")
+    assert float(ranking["tau-b"]) == pytest.approx(stats.kendalltau(found, alone).statistic, abs=6e-4)
+    assert float(ranking["Spearman"]) == pytest.approx(stats.spearmanr(found, alone).statistic, abs=6e-4)
+    assert ema["tau-b"] == ranking["tau-b"]  # made to be half of it
+    assert float(by_macs["tau-b"]) == pytest.approx(stats.kendalltau(macs, alone).statistic, abs=6e-4)
+    assert float(ranking["regret of top 1"]) == pytest.approx(alone.max() - alone[order[0]], abs=0.006)
+
+
+def test_table_of_the_mixture(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE, steps=(20, 60, 100))
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mixture = [record for record in records if record["kind"] == "mixture"]
+    rows = report(run).table("step")
+    assert [row["step"] for row in rows] == ["20", "60", "100"]
+    visits = np.array([record["visits"] for record in mixture]).sum(1)
+    since = visits[1] - visits[0]
+    assert float(rows[1]["most load %"]) == pytest.approx(100 * since.max() / since.sum(), abs=0.06)
+    assert rows[0]["changed %"] == "-"
+    best = [np.argmax(record["assignment"], axis=1) for record in mixture]
+    assert float(rows[2]["changed %"]) == pytest.approx(100 * np.mean(best[2] != best[1]), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    ("layers", "pools", "panels"), [(5, 1, 0), (7, 2, 1), (6, 3, 3), (6, 4, None)], ids=["bars", "map", "maps", "none"]
+)
+def test_map_of_pooling_positions(layers: int, pools: int, panels: int | None) -> None:
+    space = SearchSpace(layers, pools, [4] * layers, image_size=32)
+    accuracy = {a.index: 10.0 + a.index for a in space if a.index != 1}
+    with style():
+        figure = accuracy_map(space, accuracy, "accuracy")
+    if panels is None:
+        assert figure is None
+        return
+    assert figure is not None
+    images = [axis.images[0].get_array() for axis in figure.axes if axis.images]
+    if pools == 1:
+        assert [bar.get_height() for bar in figure.axes[0].patches] == [10, 12, 13]
+        return
+    assert len(images) == panels
+    drawn = {}
+    for first, image in enumerate(images, start=1):
+        for y, x in np.argwhere(np.isfinite(image.filled(np.nan))):
+            drawn[(first, y, x) if pools == 3 else (y, x)] = float(image[y, x])
+    assert drawn == {a.pool_positions: accuracy[a.index] for a in space if a.index in accuracy}
+
+
+def test_command_gives_the_same_settings(tmp_path: Path) -> None:
+    config = SearchConfig(
+        space="resnet20-cifar10", data="folder:/a b/$c", supernets=3, preset="authors", fast_eval=True, race=3,
+        balance_every="epoch", truth="paper", score="best",
+    ).filled()  # fmt: skip
+    command = search_command(config.as_dict())
+    words = subprocess.run(["sh", "-c", f"printf '%s\\n' {command}"], capture_output=True, text=True, check=True)
+    assert parse(words.stdout.splitlines()[3:]).search.filled().as_dict() == config.as_dict()
+
+
+# What is there when. --------------------------------------------------------------------------------------------------
+
+
+def test_everything_that_has_data_is_there_and_nothing_else(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path / "run", SPACE))
+    assert page.headings[2:] == ALWAYS
+    assert "p(m|c): which supernet" in page.text
+
+    truth = write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(14)])
+    one = write_run(tmp_path / "one", SPACE, num_supernets=1, truth=truth)
+    (one / "retrain.csv").write_text("# title\nstage_depths,accuracy_mean\n3-2-2,91.5\n")
+    ranking = {"kind": "ranking", "step": 50, "epoch": 5, "accuracy": {a.slug: 0.1 + a.index / 100 for a in SPACE}}
+    with (one / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(ranking) + "\n" + json.dumps({"kind": "unheard of", "step": 51}) + "\n")
+    page = report(one)
+    assert page.headings[2:] == ["Against the truth", *ALWAYS[:4], "Retrained alone", "Rankings during training",
+                                 *ALWAYS[4:]]  # fmt: skip
+    assert "p(m|c): which supernet" not in page.text
+    assert f"Without a row in the truth: {SPACE[14]}." in page.text
+    assert page.table("stage_depths") == [{"stage_depths": "3-2-2", "accuracy_mean": "91.5"}]
+
+
+def test_result_without_metrics(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    (run / "metrics.jsonl").unlink()
+    assert report(run).headings[2:] == [*ALWAYS[:4], "To reproduce"]
+
+
+@pytest.mark.parametrize("ranked", [False, True], ids=["a[c,m]", "ranking"])
+def test_unfinished_run_says_so_and_ranks_by_what_it_has(ranked: bool, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE, finished=False, steps=(20, 40))
+    mixture = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    found = [scores[int(np.argmax(p))] for scores, p in zip(mixture["scores"], mixture["assignment"], strict=True)]
+    if ranked:
+        found = np.random.default_rng(0).random(15).tolist()
+        record = {"kind": "ranking", "step": 40, "epoch": 4, "accuracy": {}, "supernet": {}}
+        for a in SPACE:
+            record["accuracy"][a.slug], record["supernet"][a.slug] = found[a.index], 0  # type: ignore[index]
+        with (run / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(record) + "\n" + '{"kind": "step", "st')  # torn: being written
+    page = report(run)
+    what = "validation accuracy after epoch 4" if ranked else "a[c,m] after step 40"
+    assert f"This run is unfinished: it has recorded 40 steps. Architectures are ranked by {what}" in page.text
+    assert [row["architecture"] for row in page.table("rank")] == [str(SPACE[i]) for i in np.argsort(found)[::-1]]
+
+
+def test_several_runs_of_different_spaces(tmp_path: Path) -> None:
+    one = write_run(tmp_path / "a" / "run", SPACE)
+    other = write_run(tmp_path / "b" / "run", SearchSpace.named("resnet18-cifar10"), finished=False)
+    page = report(one, other)
+    rows = page.table("run")
+    assert [row["run"] for row in rows] == ["run", "run-2"]
+    assert [row["state"] for row in rows] == ["finished", "unfinished"]
+    assert [row["space"] for row in rows] == ["resnet14-cifar10", "resnet18-cifar10"]
+    assert [heading for heading in page.headings if heading.startswith("run")] == ["run", "run-2"]
+    assert "All runs: data synthetic" not in page.text  # tiny and synthetic
+    assert "method mixture" in page.text
+
+
+def test_constant_accuracies_have_no_tau_and_the_reason_stands_there(tmp_path: Path) -> None:
+    truth = write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)])
+    page = report(write_run(tmp_path / "run", SPACE, accuracy=[0.5] * 15), truth=truth)
+    ranking = page.table("ranking")[0]
+    assert ranking["tau-b"] == "-"
+    assert ranking["not defined"] == "constant ranking"
+    assert "nan" not in page.text.lower()
+
+
+def test_not_scored_architectures_are_listed_without_accuracy(tmp_path: Path) -> None:
+    page = report(write_run(tmp_path / "run", SPACE, accuracy=[0.5, 0.6] + [None] * 13))
+    assert [row["accuracy %"] for row in page.table("rank")][:3] == ["60.00", "50.00", "-"]
+
+
+def test_truth_that_is_gone_is_a_note_and_can_be_given(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE, truth="/nonexistent.csv")
+    page = report(run)
+    assert "Against the truth" not in page.headings
+    assert "/nonexistent.csv" in page.text
+    given = write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)])
+    assert "Against the truth" in report(run, truth=given).headings
+
+
+def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> None:
+    """As darts: no supernets, an estimate, a ranking that is not by accuracy, and shares of resolutions."""
+    rng = np.random.default_rng(5)
+    found, estimate, alone = (rng.permutation(15) / 20 for _ in range(3))
+    counts = [{"layer": 1, "keep": 7, "pool": 9}, {"layer": 2, "keep": None, "pool": 4}]
+    method = {"ranked_by": "the shares", "estimate": "mean share", "path": "0-0-1-2-1-1-1", "visits": {"1-1-5": 12},
+              "tree": counts, "shares": [[0.5, 0.5]]}  # fmt: skip
+    run = write_run(tmp_path / "run", SPACE, method=method, cost={"training_images": 4711})
+    content = json.loads((run / "result.json").read_text())
+    by_index = {row["index"] - 1: row for row in content["ranking"]}
+    content["ranking"] = [
+        by_index[i] | {"rank": place, "accuracy": found[i], "ema_accuracy": estimate[i], "supernet": None}
+        for place, i in enumerate(np.argsort(-estimate).tolist(), start=1)
+    ]
+    content["ranking"][-1] |= {"ema_accuracy": None, "ema_rank": None}
+    (run / "result.json").write_text(json.dumps(content))
+    shares = rng.dirichlet([1.0] * 3, size=7).tolist()
+    (run / "metrics.jsonl").write_text(json.dumps({"kind": "alpha", "step": 9, "shares": shares, "path": "0"}) + "\n")
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", (100 * alone).tolist()))
+    assert page.headings[2:] == [
+        "Against the truth",
+        *ALWAYS[:4],
+        "What the method found",
+        "Resolutions",
+        "To reproduce",
+    ]
+    assert page.table("found") == [{"found": "path", "value": "0-0-1-2-1-1-1"}]
+    assert page.table("visits") == [{"visits": "1-1-5", "value": "12"}]
+    assert page.table("layer")[1] == {"layer": "2", "keep": "-", "pool": "4"}
+    rows = {row["ranking"]: row["tau-b"] for row in page.table("ranking")}
+    last = int(np.argmin(estimate))
+    rest = np.arange(15) != last
+    assert rows == {
+        "this ranking": f"{stats.kendalltau(estimate, alone).statistic:.3f}",
+        "by accuracy": f"{stats.kendalltau(found, alone).statistic:.3f}",
+        "by mean share": f"{stats.kendalltau(estimate[rest], alone[rest]).statistic:.3f}",
+        "by MACs alone": f"{stats.kendalltau([SPACE.macs(a) for a in SPACE], alone).statistic:.3f}",
+    }
+    ranking = page.table("rank")
+    assert ranking[-1]["mean share %"] == ranking[0]["supernet"] == "-"
+    assert "4711" in page.text
+    assert "Ranked by the shares." in page.text
+
+
+def test_method_that_scores_nothing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE, accuracy=[None] * 15, method={"ranked_by": "MACs", "estimate": "MACs"})
+    (run / "metrics.jsonl").unlink()
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)]))
+    assert page.headings[2:] == [
+        "Against the truth",
+        "Ranking",
+        ALWAYS[1],
+        "Architectures",
+        "To reproduce",
+    ]  # of the truth
+
+
+def test_a_race_leaves_some_out_of_the_comparison(tmp_path: Path) -> None:
+    accuracy = [(i * 7 % 15) / 20 + 0.1 for i in range(15)]
+    run = write_run(tmp_path / "run", SPACE, accuracy=accuracy)
+    content = json.loads((run / "result.json").read_text())
+    for row in content["ranking"][5:]:
+        row["images_seen"] = 256
+    (run / "result.json").write_text(json.dumps(content))
+    page = report(run, truth=write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)]))
+    assert [row["n"] for row in page.table("ranking")] == ["5", "15", "15"]
+    assert [row["images"] for row in page.table("rank")] == ["1000"] * 5 + ["256"] * 10
+
+
+def test_older_schema(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    content = json.loads((run / "result.json").read_text()) | {"schema_version": 1}
+    for row in content["ranking"]:
+        del row["images_seen"]
+    (run / "result.json").write_text(json.dumps(content))
+    assert report(run).headings[2:] == ALWAYS
+
+
+# One file, safe whatever names say. -----------------------------------------------------------------------------------
+
+
+@pytest.mark.drawn
+def test_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    truth = write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)])
+    runs = [write_run(tmp_path / name, SPACE, truth=truth, steps=(50, 100)) for name in ("one", "two")]
+    path = write_report(runs, tmp_path / "out")
+    assert path == tmp_path / "out" / "report.html"
+    html = path.read_text()
+    page = HtmlPage(html)
+    assert [link for link in page.links if not link.startswith(("#", "data:"))] == []
+    assert [url for url in re.findall(r"url\(([^)]*)\)", html) if not url.startswith("#")] == []
+    assert not {"link", "iframe", "object", "embed", "img"} & set(page.tags)
+    assert page.tags.count("script") == 1
+    assert len(page.ids) == len(set(page.ids))
+    assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
+    figures = {file.name for file in (tmp_path / "out" / "report-figures").iterdir()}
+    names = ("truth", "map", "map-truth", "pareto", "drawings", "training", "assignment", "mixture")
+    assert figures == {f"run-{n}-{name}.{kind}" for n in (1, 2) for name in names for kind in ("png", "svg")}
+    assert page.tags.count("figure") == len(figures) / 2
+
+
+def test_names_with_html_are_text(tmp_path: Path) -> None:
+    evil = '</td><script>alert("x")</script><b>&amp;$x_$'
+    run = write_run(
+        tmp_path / "<i>run", SPACE, notes=(evil,),
+        data={"name": evil, "fingerprint": evil, "num_classes": 10, "image_size": 32, "class_names": [evil]},
+    )  # fmt: skip
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    content = json.loads((run / "result.json").read_text())
+    content["config"] = config | {"data": f"npz:{evil}"}
+    (run / "result.json").write_text(json.dumps(content))
+    page = report(run)
+    assert page.tags.count("script") == 1
+    assert "b" not in page.tags
+    assert "i" not in page.tags
+    assert page.headings[:2] == [f"resnet14-cifar10 on {evil}", "<i>run"]
+    assert page.text.count(evil) >= 5  # title, heading, note, name, fingerprint
+
+
+def test_same_numbers_give_the_same_bytes() -> None:
+    drawn = []
+    for _ in range(2):
+        with style():
+            figure = accuracy_map(SPACE, {a.index: float(a.index) for a in SPACE}, "accuracy")
+        assert figure is not None
+        drawn.append((to_svg(figure), to_png(figure)))
+    assert drawn[0] == drawn[1]
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_click_sorts_and_a_second_one_the_other_way(tmp_path: Path) -> None:
+    accuracy = [None if i == 4 else (i * 7 % 15) / 20 for i in range(15)]
+    path = write_report([write_run(tmp_path / "run", SPACE, accuracy=accuracy)], tmp_path / "page.html")
+    clicks = """<script>
+      const table = document.querySelector("table.sortable"), lines = [];
+      const column = (name) => [...table.tHead.rows[0].cells].findIndex((cell) => cell.textContent === name);
+      for (const name of ["accuracy %", "accuracy %", "architecture"]) {
+        table.tHead.rows[0].cells[column(name)].firstElementChild.click();
+        lines.push([...table.tBodies[0].rows].map((row) => row.cells[column(name)].textContent).join(" "));
+      }
+      document.title = lines.join("|");
+    </script></body>"""
+    path.write_text(path.read_text().replace("</body>", clicks))
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", f"--user-data-dir={tmp_path}",
+               path.as_uri()]  # fmt: skip
+    dom = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    title = re.search("<title>(.*?)</title>", dom)
+    assert title is not None
+    up, down, by_name = (line.split(" ") for line in title[1].split("|"))
+    values = sorted(f"{100 * a:.2f}" for a in accuracy if a is not None)
+    assert up == [*sorted(values, key=float), "-"]
+    assert down == [*sorted(values, key=float, reverse=True), "-"]
+    assert by_name == [str(a) for a in SPACE]
+
+
+# Bad input. -----------------------------------------------------------------------------------------------------------
+
+
+def damage(run: Path, how: str) -> None:
+    result = run / "result.json"
+    if how == "newer":
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"schema_version": SCHEMA_VERSION + 1}))
+    elif how == "torn":
+        result.write_text(result.read_text()[:500])
+    elif how == "other":
+        result.write_text(json.dumps({"schema_version": SCHEMA_VERSION, "rows": []}))
+    elif how == "metrics":
+        (run / "metrics.jsonl").write_text('{"kind": "step"}\n')
+    elif how == "space":
+        result.unlink()
+        (run / "config.yaml").write_text("space: resnet99\n")
+    elif how == "config":
+        (run / "config.yaml").write_text("- 1\n")
+    elif how == "nothing yet":
+        result.unlink()
+        (run / "metrics.jsonl").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("newer", f"schema_version must be at most {SCHEMA_VERSION}.*got {SCHEMA_VERSION + 1}"),
+        ("torn", "result.json: not a result of bmsn.search"),
+        ("other", "not a run of bmsn.search: KeyError"),
+        ("metrics", 'line 1 has no integer "step"'),
+        ("space", "space 'resnet99' is unknown"),
+        ("config", "its config.yaml names no space"),
+        ("nothing yet", "the run is unfinished and has recorded nothing yet"),
+    ],
+)
+def test_damaged_run(how: str, message: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    damage(run, how)
+    with pytest.raises(InputError, match=message):
+        write_report([run], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    assert main([str(run)]) == 0
+    assert capsys.readouterr().out == f"{run / 'report' / 'report.html'}\n"
+    assert main([str(tmp_path)]) == 2
+    assert "holds no run of bmsn.search" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main([str(run), "--out", str(tmp_path / "file" / "page.html")]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert main([str(run), "--truth", "paper"]) == 2  # of another space
+    for wrong in ([], [str(run), "--epochs", "3"], [str(run), "--interference"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(wrong)
+        assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_without_the_extra_it_says_what_to_install(missing: str, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    code = f"import sys; sys.modules[{missing!r}] = None; from bmsn.report import main; sys.exit(main(sys.argv[1:]))"
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, env=one_thread)
+    assert done.returncode == 2
+    assert "pip install 'bmsn[report]'" in done.stderr
+
+
+# A real run. ----------------------------------------------------------------------------------------------------------
+
+
+def test_report_of_a_real_search(tmp_path: Path) -> None:
+    truth = write_truth(tmp_path / "truth.csv", [60.0 + i * 3 % 15 for i in range(15)])
+    spec = write_tiny_set(tmp_path / "tiny.npz")
+    config = SearchConfig(
+        space=SPACE.name, data=spec, supernets=2, epochs=2, batch_size=16, device="cpu", fast_eval=True, score_every=1,
+        truth=truth, out=tmp_path / "run",
+    )  # fmt: skip
+    result = run_search(config)
+    page = report(tmp_path / "run")
+    headings = page.headings[2:]
+    assert headings == ["Against the truth", *ALWAYS[:4], "Rankings during training", *ALWAYS[4:]]
+    assert [row["architecture"] for row in page.table("rank")] == [str(row.architecture) for row in result.ranking]
+    for row, key in zip(page.table("ranking"), ("ranking", "ema", "macs"), strict=True):
+        expected = result.truth[key]["kendall_tau_b"]
+        assert row["tau-b"] == ("-" if expected is None else f"{expected:.3f}")
+    assert result.data["fingerprint"] in page.text

@@ -1,0 +1,134 @@
+"""Comparisons in a report: numbers of comparison.json, figures against the budget, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bmsn.errors import InputError
+from bmsn.figures import style
+from bmsn.figures_comparison import comparison_figure
+from bmsn.reporting import write_report
+from bmsn.space import SearchSpace
+from html_pages import HtmlPage
+from run_folders import write_run
+
+NAMES = ("accuracy", "regret_top1", "regret_top3", "regret_top5", "macs_ratio", "gain_within_macs", "kendall_tau_b",
+         "spearman", "partial_kendall")  # fmt: skip
+
+
+def figures(mean: float | None, spread: float | None = 0.25) -> dict[str, Any]:
+    """The same for all; without a mean they are not defined."""
+    interval = None if mean is None or spread is None else [mean - spread, mean + spread]
+    undefined = "" if mean is not None else "constant ranking"
+    return {name: {"n": 3, "mean": mean, "bootstrap": interval, "student": None, "undefined": undefined}
+            for name in NAMES}  # fmt: skip
+
+
+def make_comparison(budgets: tuple[int, ...] = (5,), label: str = "mixture") -> dict[str, Any]:
+    rows = [
+        {"budget": budget, "method": method, "seeds": 3, "picks": {"2-2-3": 2, "3-1-3": 1}, "paths": ["0-1"],
+         "figures": figures(mean), "costs": {"training_images": 1000.0 * budget, "validation_images": 77.0}}
+        for budget in budgets for method, mean in ((label, 0.5 + budget / 100), ("random", None), ("macs", 0.125))
+    ]  # fmt: skip
+    return {
+        "schema_version": 1, "space": "resnet14-cifar10", "pool": "max", "data": "synthetic",
+        "data_fingerprint": "f00d", "truth": "truth.csv", "seeds": [0, 1, 2], "budgets": list(budgets), "settings": {},
+        "methods": [],
+        "truth_missing": ["5-1-1"], "methods_over_seeds": rows, "runs": [],
+        "paired": [{"budget": 5, "method": label, "baseline": "macs", "figures": figures(0.375, None)}],
+        "timings": [{"budget": 5, "method": label, "seed": seed, "train_seconds": 10.0 + seed} for seed in range(3)],
+    }  # fmt: skip
+
+
+def write_comparison(folder: Path, content: dict[str, Any]) -> Path:
+    folder.mkdir()
+    (folder / "comparison.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
+    monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
+
+
+def test_tables(tmp_path: Path) -> None:
+    comparison = write_comparison(tmp_path / "comparison", make_comparison())
+    page = HtmlPage.read(write_report([comparison], tmp_path / "page.html"))
+    assert page.headings[1:] == ["comparison", "What they pick", "How they rank, and what they cost",
+                                 "Differences, seed by seed", "To reproduce"]  # fmt: skip
+    picked, ranked, paired = ([dict(zip(table[0], row, strict=True)) for row in table[1:]] for table in page.tables)
+    assert picked[0] == {
+        "budget": "5", "method": "mixture", "seeds": "3", "picks": "2-2-3 (2), 3-1-3 (1), path 0-1",
+        "accuracy %": "0.55\n[0.30, 0.80]", "regret": "0.55\n[0.30, 0.80]", "top 3": "0.55\n[0.30, 0.80]",
+        "top 5": "0.55\n[0.30, 0.80]", "MACs": "0.55x\n[0.30x, 0.80x]", "gain at 1x": "0.55\n[0.30, 0.80]",
+    }  # fmt: skip
+    assert ranked[0] == {
+        "budget": "5", "method": "mixture", "seeds": "3", "tau-b": "0.550\n[0.300, 0.800]",
+        "Spearman": "0.550\n[0.300, 0.800]", "partial": "0.550\n[0.300, 0.800]", "training images": "5000",
+        "validation images": "77", "training s": "11",
+    }  # fmt: skip
+    assert {picked[1][name] for name in ("accuracy %", "regret", "gain at 1x")} == {ranked[1]["tau-b"]} == {"-"}
+    assert ranked[2]["tau-b"] == "0.125\n[-0.125, 0.375]"
+    assert (paired[0]["method"], paired[0]["less"], paired[0]["regret"]) == ("mixture", "macs", "0.38")
+    assert "Without a row in the truth: 5-1-1." in page.text
+    assert "Not defined: random, tau-b: constant ranking" in page.text
+    assert "f00d" in page.text
+
+
+def test_beside_runs_and_with_html_in_a_label(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script>"
+    comparison = write_comparison(tmp_path / "comparison", make_comparison(label=evil))
+    run = write_run(tmp_path / "run", SearchSpace.named("resnet14-cifar10"))
+    page = HtmlPage.read(write_report([run, comparison], tmp_path / "page.html"))
+    assert page.headings[0] == "1 search, 1 comparison"
+    assert {"comparison", "run"} <= set(page.headings)
+    assert page.tags.count("script") == 1
+    assert evil in page.text
+
+
+@pytest.mark.parametrize("budgets", [(5,), (5, 10, 20)], ids=["one budget", "three"])
+def test_figure_has_every_mean(budgets: tuple[int, ...]) -> None:
+    rows = make_comparison(budgets)["methods_over_seeds"]
+    with style():
+        figure = comparison_figure(rows)
+    tau, regret = figure.axes
+    for axis in (tau, regret):
+        lines = [container.lines[0] for container in axis.containers]
+        if len(budgets) == 1:
+            assert [float(line.get_xdata()[0]) for line in lines] == pytest.approx(
+                [0.55, float("nan"), 0.125], nan_ok=True
+            )
+        else:
+            assert [float(y) for y in lines[0].get_ydata()] == pytest.approx([0.55, 0.6, 0.7])
+            assert [float(y) for y in lines[2].get_ydata()] == pytest.approx([0.125] * 3)
+    if len(budgets) == 1:
+        assert [text.get_text() for text in tau.get_yticklabels()] == ["mixture", "random", "macs"]
+        assert tau.yaxis_inverted(), "the first method stands at the top"
+
+
+def test_nothing_finished_yet(tmp_path: Path) -> None:
+    content = make_comparison() | {"methods_over_seeds": [], "paired": []}
+    page = HtmlPage.read(write_report([write_comparison(tmp_path / "c", content)], tmp_path / "page.html"))
+    assert "No search has finished yet." in page.text
+    assert page.tables == []
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema_version must be at most 1; got 2"),
+        ({"methods_over_seeds": [{"figures": {}}]}, "not a result of bmsn.compare: KeyError"),
+    ],
+)
+def test_bad_file(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "c", make_comparison() | change)
+    with pytest.raises(InputError, match=message):
+        write_report([folder], tmp_path / "out")
+    (folder / "comparison.json").write_text("{")
+    with pytest.raises(InputError, match=r"not a result of bmsn\.compare"):
+        write_report([folder], tmp_path / "out")
