@@ -29,7 +29,7 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
     "augment": ("cpp", "reference"),
-    "norm_relu": ("cpp", "reference"),
+    "norm_relu": ("cpp", "triton", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
     "conv_scale": ("triton", "reference"),
     "batch_statistics": ("cpp", "triton", "reference"),
