@@ -29,6 +29,7 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
     "augment": ("cpp", "reference"),
+    "conv2d": ("cpp", "reference"),
     "norm_relu": ("cpp", "triton", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
     "conv_scale": ("triton", "reference"),
