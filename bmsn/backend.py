@@ -29,12 +29,15 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
     "augment": ("cpp", "reference"),
-    "norm_relu": ("cpp", "reference"),
+    "conv2d": ("cpp", "reference"),
+    "norm_relu": ("cpp", "triton", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
     "conv_scale": ("triton", "reference"),
     "batch_statistics": ("cpp", "triton", "reference"),
     "bn_add_relu_pool": ("cpp", "triton", "reference"),
     "head": ("triton", "reference"),
+    "cross_entropy": ("cpp", "triton", "reference"),
+    "sgd": ("cpp", "triton", "reference"),
 }
 
 
