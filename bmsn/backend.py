@@ -28,7 +28,7 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 # What each op has, best first: `auto` takes the first that can run. A new op is one line here.
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
-    "augment": ("cpp", "reference"),
+    "augment": ("cpp", "triton", "reference"),
     "norm_relu": ("cpp", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
     "conv_scale": ("triton", "reference"),
