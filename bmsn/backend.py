@@ -28,6 +28,7 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 # What each op has, best first: `auto` takes the first that can run. A new op is one line here.
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
+    "mixture_step": ("cpp", "triton", "reference"),
     "augment": ("cpp", "triton", "reference"),
     "norm_relu": ("cpp", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
