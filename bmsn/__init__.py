@@ -8,6 +8,7 @@ result = bmsn.run_search(bmsn.SearchConfig(...), data)
 net = bmsn.build_network(space, result.best.architecture)
 """
 
+from bmsn import methods
 from bmsn.backend import backend_report
 from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset, open_dataset
@@ -47,6 +48,7 @@ __all__ = [
     "backend_report",
     "balance",
     "build_network",
+    "methods",
     "open_dataset",
     "race",
     "run_ground_truth",

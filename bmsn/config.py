@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 import yaml
 
+from bmsn import methods
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
-from bmsn.space import PoolKind
+from bmsn.space import PoolKind, SearchSpace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +45,8 @@ class SearchConfig:
     Attributes:
         space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
         data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz).
-        supernets: M, number of supernets; None: 4, on synthetic data 2.
+        method: how to search (`bmsn.methods.names()`).
+        supernets: M, number of supernets; None: as many as the method needs; mixture: 4, on synthetic data 2.
         epochs: passes over the training half; None: a base of the data set times M.
         preset: values for what is not given here: ours, the paper's, or those of its authors' code.
         batch_size: images in a training batch, a validation batch and a scoring batch.
@@ -75,6 +77,7 @@ class SearchConfig:
 
     space: str | None = None
     data: str = "synthetic"
+    method: str = "mixture"
     supernets: int | None = None
     epochs: int | None = None
     preset: Literal["default", "paper", "authors"] = "default"
@@ -103,6 +106,7 @@ class SearchConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        methods.check_name(self.method)
         bounds: dict[str, tuple[float, float]] = {
             "supernets": (1, 4096),
             "epochs": (1, 10**6),
@@ -142,14 +146,15 @@ class SearchConfig:
         space's own).
 
         Raises:
-            InputError: an unknown scheme of `data`, or no space is given and the data set has no default one.
+            InputError: an unknown scheme of `data`, no space is given and the data set has no default one, or a setting
+                that does not fit the method.
         """
         synthetic = split_spec(self.data)[0] == "synthetic"
         space = self.space or ("resnet14-cifar10" if synthetic else None)
         if space is None:
             raise InputError(f"space must be given for data {self.data!r} (only synthetic data has a default one)")
         preset, special = _PRESETS[self.preset], _SPECIAL.get((self.preset, space), {})
-        supernets = self.supernets or (2 if synthetic else 4)
+        supernets = self._supernets(space) or (2 if synthetic else 4)
         epochs = _SYNTHETIC_EPOCHS * supernets if synthetic else special.get("epochs", preset.epochs)
         if self.preset != "authors" and not synthetic:
             epochs *= supernets
@@ -160,6 +165,15 @@ class SearchConfig:
         given = {name: getattr(self, name) for name in known}
         chosen = {k: v for k, v in values.items() if k in known and given[k] is None}
         return FilledConfig(**given | chosen)
+
+    def _supernets(self, space: str) -> int | None:
+        """M as given or as the method needs it; None: open."""
+        method = methods.get(self.method)
+        method.check(self)
+        needed = method.num_supernets(SearchSpace.named(space))
+        if needed is not None and self.supernets not in (None, needed):
+            raise InputError(f"supernets must be {needed} for method {self.method} in {space}; got {self.supernets}")
+        return needed or self.supernets
 
     @property
     def procedure(self) -> Procedure:

@@ -12,7 +12,7 @@ from typing import Any
 from bmsn.errors import InputError
 from bmsn.space import Architecture, SearchSpace
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 CSV_COLUMNS = (
     "rank",
     "architecture",
@@ -33,13 +33,15 @@ class RankedArchitecture:
 
     Attributes:
         rank: place from 1, by validation accuracy; architectures that a race dropped follow, by their accuracy on the
-            images they saw, and then those not scored, by `ema_accuracy`.
+            images they saw, and then those not scored, by `ema_accuracy`. Some methods rank in their own way
+            (`SearchResult.method`).
         accuracy: share of `images_seen` that is classified correctly, in [0, 1]; None: not scored.
         standard_error: binomial standard error of `accuracy`.
         images_seen: images of the validation half it was scored on: all, fewer if a race dropped it, 0: not scored.
-        supernet: the supernet it was scored with.
+        supernet: the supernet it was scored with; None: the method has none.
         macs: multiply-accumulates for one image; macs_ratio: relative to the space's default architecture.
-        ema_accuracy: a[c, m*], the moving average from training; ema_rank: place by it.
+        ema_accuracy: a[c, m*], the moving average from training, or another method's own estimate, larger is better;
+            None: it has none. ema_rank: place by it.
     """
 
     rank: int
@@ -47,11 +49,11 @@ class RankedArchitecture:
     accuracy: float | None
     standard_error: float | None
     images_seen: int
-    supernet: int
+    supernet: int | None
     macs: int
     macs_ratio: float
-    ema_accuracy: float
-    ema_rank: int
+    ema_accuracy: float | None
+    ema_rank: int | None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; `architecture` as 4-3-3, `index` from 1."""
@@ -71,7 +73,10 @@ class SearchResult:
         timings: train_images_per_second, train_seconds, score_seconds, total_seconds.
         scores: correct counts of every scored pair: `architecture`, `supernet`, `correct` among `images_seen`, and
             `total`, the images of the validation half.
-        truth: agreement with stand-alone accuracies where `truth` was given, else empty.
+        cost: training_images, validation_images, training_macs, validation_macs (`bmsn.methods.base.Cost`).
+        method: ranked_by and estimate, what `rank` and `ema_accuracy` are in words, and what that method alone found.
+        truth: agreement with stand-alone accuracies where `truth` was given, else empty: of the ranking, of the
+            accuracy of the final scoring, of the estimates (ema) and of MACs alone.
         notes: what the reader must know, such as updates skipped for a loss that was not finite.
     """
 
@@ -81,6 +86,8 @@ class SearchResult:
     data: dict[str, Any]
     timings: dict[str, float]
     scores: dict[str, Any]
+    cost: dict[str, int]
+    method: dict[str, Any]
     truth: dict[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -125,8 +132,10 @@ class SearchResult:
 
     def to_table(self) -> str:
         """The table that `python -m bmsn.search` prints."""
+        estimate = self.method["estimate"]
         lines = [
-            f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  {'a[c,m] rank':>11}"
+            f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  "
+            f"{f'{estimate} rank':>11}"
         ]
         raced = any(0 < row.images_seen < self.scores["total"] for row in self.ranking)
         if raced:
@@ -137,9 +146,10 @@ class SearchResult:
                 if row.accuracy is None
                 else f"{100 * row.accuracy:6.2f} ± {100 * (row.standard_error or 0):.2f}"
             )
-            ema = f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
+            ema = "-" if row.ema_accuracy is None else f"{row.ema_rank:>3} ({100 * row.ema_accuracy:.1f})"
+            supernet = "-" if row.supernet is None else row.supernet
             lines.append(
-                f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {row.supernet:>8}  "
+                f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {supernet:>8}  "
                 f"{row.macs_ratio:>5.2f}x  {ema:>11}" + (f"  {row.images_seen:>7}" if raced else "")
             )
         best, total = self.best, self.timings["total_seconds"]
@@ -147,7 +157,7 @@ class SearchResult:
         lines += [
             "",
             f"Best: {best.architecture} (pooling before layers {positions}), "
-            f"{best.macs_ratio:.2f}x the MACs of the default. "
+            f"{best.macs_ratio:.2f}x the MACs of the default. Ranked by {self.method['ranked_by']}. "
             "Accuracies are within a supernet, on the validation half; not after retraining.",
             f"{self.data['name']}: {total:.0f} s in all, training {self.timings['train_seconds']:.0f} s "
             f"({self.timings['train_images_per_second']:.0f} images/s), scoring {self.timings['score_seconds']:.1f} s.",
@@ -162,8 +172,12 @@ class SearchResult:
             f"{'against the truth':<20} {'tau-b':>7} {'Spearman':>9} {'tau-b | MACs':>13}   "
             "regret of top 1, 3, 5 (points)",
         ]
-        for name, label in (("ranking", "this ranking"), ("ema", "by a[c,m]"), ("macs", "by MACs alone")):
+        own = f"by {self.method['estimate']}"
+        labels = {"ranking": "this ranking", "accuracy": "by accuracy", "ema": own, "macs": "by MACs alone"}
+        for name, label in labels.items():
             figures = self.truth[name]
+            if figures["n"] == 0 or (name == "accuracy" and figures == self.truth["ranking"]):
+                continue
             cells = [
                 _number(figures[key], width)
                 for key, width in (("kendall_tau_b", 7), ("spearman", 9), ("partial_kendall", 13))

@@ -35,7 +35,7 @@ def run_search(
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> SearchResult:
-    """Trains a mixture of supernets and ranks all architectures of the space.
+    """Searches by `config.method` (the balanced mixture of supernets) and ranks all architectures of the space.
 
     Source: Javan et al. 2023, section 2.
 
@@ -129,9 +129,9 @@ def _search(
                 "images_per_second": config.batch_size / per_step if per_step else 0.0,
             })  # fmt: skip
             if board is not None:
-                for name in ("loss", "accuracy", "lr", "inverse_temperature", "entropy", "mean_score"):
-                    if record[name] is not None:
-                        board.add_scalar(name, record[name], record["step"])
+                for name, value in record.items():
+                    if isinstance(value, float) and name != "train_seconds":
+                        board.add_scalar(name, value, record["step"])
 
     loop.write = write
     while loop.step < loop.num_steps:
@@ -161,7 +161,7 @@ def _search(
             "image_size": data.image_size,
         },
         timings={
-            "train_images_per_second": loop.num_steps * config.batch_size / loop.train_seconds,
+            "train_images_per_second": loop.num_steps * config.batch_size / max(loop.train_seconds, 1e-9),
             "train_seconds": loop.train_seconds,
             "score_seconds": finished - score_started,
             "total_seconds": earlier + finished - started,
@@ -173,6 +173,8 @@ def _search(
             "images_seen": images_seen(scores),
             "total": scores.total,
         },
+        cost=loop.method.cost.as_dict(),
+        method={"ranked_by": loop.method.ranked_by, "estimate": loop.method.estimate} | loop.method.findings(),
         truth=loop.against_truth(ranked),
         notes=_notes(loop, scores),
     )

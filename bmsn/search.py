@@ -73,9 +73,11 @@ class Progress:
         minutes, seconds = divmod(round(record["seconds_left"]), 60)
         line = (
             f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  "
-            f"left {minutes}:{seconds:02d}  1/tau {record['inverse_temperature']:.1f}  accuracy {accuracy}  "
-            f"entropy {record['entropy']:.3f}"
+            f"left {minutes}:{seconds:02d}  accuracy {accuracy}"
         )
+        for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
+            if name in record:
+                line += f"  {label} {record[name]:.{digits}f}"
         print(
             f"\r\x1b[K{line}" if self._terminal else line,
             end="\n" if last or not self._terminal else "",

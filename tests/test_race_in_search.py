@@ -88,7 +88,7 @@ def loop(flags):
     config = bmsn.SearchConfig(space="resnet14-cifar10", data=spec, supernets=1, epochs=1, batch_size=8, race=2)
     loop = SearchLoop(config, bmsn.open_dataset(spec))
     loop.step = loop.num_steps
-    loop.mixture.refresh(np.r_[0.8 - 0.02 * np.arange(14), 0.9][:, None], ema=False)
+    loop.method.sampler.mixture.refresh(np.r_[0.8 - 0.02 * np.arange(14), 0.9][:, None], ema=False)
     return loop
 
 
@@ -107,7 +107,7 @@ def test_of_equal_counts_the_larger_moving_average_wins(loop, monkeypatch):
     def equal(mixture, images, labels, pairs, batch_size):
         return Scores(tuple(pairs), torch.full((len(pairs),), 3), len(images))
 
-    monkeypatch.setattr("bmsn.loop.score_one_by_one", equal)
+    monkeypatch.setattr("bmsn.methods.supernet.score_one_by_one", equal)
     race = loop.score()
     assert [a.index for a, _ in race.ranking] == [14, 0]
     assert [row.architecture.index for row in loop.rank(race)[:2]] == [14, 0]

@@ -46,8 +46,8 @@ def outcome(out: Path) -> tuple:
         result["scores"],
         result["ranking"],
         ranking,
-        state["loop"]["arena"],
-        state["loop"]["velocity"],
+        state["loop"]["method"]["arena"],
+        state["loop"]["method"]["velocity"],
         records,
     )
 

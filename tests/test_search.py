@@ -20,7 +20,8 @@ import bmsn.loop
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
-from bmsn.loop import draw_architectures
+from bmsn.methods import supernet
+from bmsn.methods.mixture import draw_architectures
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from global_state import unchanged
@@ -57,7 +58,7 @@ def finished(spec, tmp_path_factory):
 def test_result_files(finished):
     folder, printed, _ = finished
     result = json.loads((folder / "result.json").read_text())
-    assert result["schema_version"] == 2
+    assert result["schema_version"] == 3
     assert set(result["timings"]) == {"train_images_per_second", "train_seconds", "score_seconds", "total_seconds"}
     assert result["scores"]["total"] == 64
     assert len(result["scores"]["correct"]) == len(result["ranking"]) == 15
@@ -163,8 +164,8 @@ def test_result_is_found_again_and_best_can_be_built(spec):
     assert again.ranking == result.ranking
     network = bmsn.build_network(bmsn.SearchSpace.named("resnet14-cifar10"), result.best.architecture, num_classes=4)
     assert network(torch.zeros(2, 3, 8, 8)).shape == (2, 4)
-    with pytest.raises(bmsn.InputError, match="schema_version must be 2; got 1"):
-        bmsn.SearchResult.from_json(result.to_json().replace('"schema_version": 2', '"schema_version": 1'), "here")
+    with pytest.raises(bmsn.InputError, match="schema_version must be 3; got 1"):
+        bmsn.SearchResult.from_json(result.to_json().replace('"schema_version": 3', '"schema_version": 1'), "here")
 
 
 def test_public_calls_leave_global_state_alone(spec):
@@ -329,7 +330,7 @@ def test_truth_file_is_checked(spec, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(spec, monkeypatch):
-    real, calls = bmsn.loop.train_step, []
+    real, calls = supernet.train_step, []
 
     def sometimes(nets, velocity, *args, **kwargs):
         calls.append(1)
@@ -342,20 +343,20 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(spec, monkeypatch):
             return loss
         return real(nets, velocity, *args, **kwargs)
 
-    monkeypatch.setattr(bmsn.loop, "train_step", sometimes)
+    monkeypatch.setattr(supernet, "train_step", sometimes)
     result = search(spec)
     assert result.notes == ("2 updates were skipped: their loss was not finite.",)
     assert all(math.isfinite(row.ema_accuracy) for row in result.ranking)
 
 
 def test_twenty_such_losses_in_a_row_stop_the_run(spec, monkeypatch, tmp_path, capsys):
-    real, calls = bmsn.loop.train_step, []
+    real, calls = supernet.train_step, []
 
     def breaks(*args, **kwargs):
         calls.append(1)
         return math.nan if len(calls) > 4 else real(*args, **kwargs)
 
-    monkeypatch.setattr(bmsn.loop, "train_step", breaks)
+    monkeypatch.setattr(supernet, "train_step", breaks)
     assert main(tiny_flags(spec, epochs=10, checkpoint_every=2, out=tmp_path / "run")) == 3
     message = capsys.readouterr().err
     assert "step 23" in message
@@ -364,7 +365,7 @@ def test_twenty_such_losses_in_a_row_stop_the_run(spec, monkeypatch, tmp_path, c
     assert len(calls) == 24
     saved = CheckpointStore(tmp_path / "run" / "checkpoints").load_latest()
     assert saved is not None
-    assert torch.isfinite(saved[1]["loop"]["arena"]).all()
+    assert torch.isfinite(saved[1]["loop"]["method"]["arena"]).all()
 
 
 def test_a_balance_that_fails_stops_the_run_with_pair_and_step(spec, monkeypatch, capsys):

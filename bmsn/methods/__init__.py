@@ -1,0 +1,43 @@
+"""The search methods under one interface, by name: `methods.get("mcts")`, `methods.names()`.
+
+A method is one file with one subclass of `bmsn.methods.base.Method`; a line in `_METHODS` makes it known to `--method`.
+Importing this module imports none of them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING
+
+from bmsn.errors import InputError
+
+if TYPE_CHECKING:
+    from bmsn.methods.base import Method
+
+# name: module and class
+_METHODS = {
+    "mixture": "bmsn.methods.mixture:Mixture",
+    "spos": "bmsn.methods.spos:Spos",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all methods, as `--method` takes them."""
+    return tuple(_METHODS)
+
+
+def check_name(name: str) -> None:
+    """Raises InputError unless there is a method of that name; the message has the nearest one."""
+    if name not in _METHODS:
+        near = difflib.get_close_matches(str(name), _METHODS, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise InputError(f"method {name!r} is unknown{hint} Known: {', '.join(_METHODS)}")
+
+
+def get(name: str) -> type[Method]:
+    """The class of a method. Raises InputError for an unknown name."""
+    check_name(name)
+    module, _, attribute = _METHODS[name].partition(":")
+    method: type[Method] = getattr(importlib.import_module(module), attribute)
+    return method

@@ -1,0 +1,143 @@
+"""The balanced mixture of supernets: c uniform, m ~ p(m|c), balanced so that all supernets train equally often.
+
+Source: Javan et al. 2023, section 2 (algorithm 1). `bmsn.mixture` has the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bmsn.config import Procedure
+from bmsn.errors import RunStopped
+from bmsn.methods.base import Ranking, Sampler
+from bmsn.methods.problem import Problem
+from bmsn.methods.supernet import SupernetMethod
+from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
+from bmsn.ops.balance import BalanceError
+from bmsn.rng import generator
+from bmsn.space import SearchSpace
+
+
+def draw_architectures(num_architectures: int, num_steps: int, seed: int, *, in_blocks: bool) -> NDArray[np.int64]:
+    """(num_steps,) int64: each step's architecture, uniform: independently, or in shuffled blocks of each once."""
+    random = generator(seed, "architectures")
+    if not in_blocks:
+        return random.integers(num_architectures, size=num_steps)
+    blocks = np.tile(np.arange(num_architectures), (-(-num_steps // num_architectures), 1))
+    return random.permuted(blocks, axis=1).ravel()[:num_steps]
+
+
+class MixtureSampler(Sampler):
+    """Draws c for all steps ahead, and m by the balanced mixture.
+
+    Args:
+        space: the architectures.
+        num_supernets: M.
+        num_steps: of the search.
+        seed: of the draws.
+        procedure: ema_decay, tol and visits.
+        balance_every: steps from one balance to the next.
+        temperature: 1/tau after a number of steps, 0 to `num_steps`.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        num_supernets: int,
+        num_steps: int,
+        seed: int,
+        *,
+        procedure: Procedure,
+        balance_every: int,
+        temperature: Callable[[int], float],
+    ) -> None:
+        self._space, self._num_steps, self._temperature = space, num_steps, temperature
+        self.mixture = BalancedMixture(
+            num_architectures=len(space),
+            num_supernets=num_supernets,
+            ema_decay=procedure.ema_decay,
+            tol=procedure.tol,
+            balance_every=balance_every,
+        )
+        # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
+        self._drawn = draw_architectures(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
+        self._uniforms = generator(seed, "supernets").random(num_steps + 1)
+        self._supernet = self.mixture.draw(int(self._drawn[0]), temperature(0), float(self._uniforms[0]))
+
+    def propose(self, step: int) -> tuple[int, int]:
+        return int(self._drawn[step]), self._supernet
+
+    def observe(self, step: int, architecture: int, supernet: int, accuracy: float | None) -> None:
+        try:
+            # One call for moving average, balance and the next step's draw: that is what is fast.
+            self._supernet = self.mixture.observe_and_draw(
+                architecture, supernet, accuracy, self._temperature(step + 1),
+                int(self._drawn[step + 1]), float(self._uniforms[step + 1]),
+            )  # fmt: skip
+        except BalanceError as error:
+            pair = f"architecture {self._space[architecture]}, supernet {supernet}"
+            raise RunStopped(f"step {step}, {pair}: {error}") from error
+
+    def refresh(self, pairs: Sequence[tuple[int, int]], accuracy: NDArray[np.float64]) -> None:
+        self.mixture.refresh(accuracy.reshape(self.mixture.scores.shape), ema=False)
+
+    def pairs(self) -> list[tuple[int, int]]:
+        rows, cols = self.mixture.scores.shape
+        return [(c, m) for c in range(rows) for m in range(cols)]
+
+    def rank(self) -> Ranking:
+        """By a[c, m*], m* = argmax_m p(m|c) at the last temperature."""
+        best = self.mixture.best_supernet(self._temperature(self._num_steps))
+        estimate = self.mixture.scores[np.arange(len(best)), best]
+        return Ranking(np.argsort(-estimate, kind="stable"), estimate, best)
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        temperature = self._temperature(step)
+        p = self.mixture.assignment(temperature)
+        return {
+            "inverse_temperature": temperature,
+            "entropy": mean_entropy(p),
+            "load": p.mean(0),
+            "mean_score": float(self.mixture.scores.mean()),
+        }
+
+    def snapshot(self, step: int) -> dict[str, Any]:
+        return {
+            "kind": "mixture",
+            "scores": self.mixture.scores,
+            "visits": self.mixture.visits,
+            "assignment": self.mixture.assignment(self._temperature(step)),
+            "last_visit": self.mixture.last_visit,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"supernet": self._supernet, "mixture": self.mixture.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._supernet = state["supernet"]
+        self.mixture.load_state_dict(state["mixture"])
+
+
+class Mixture(SupernetMethod):
+    """`--method mixture`: M supernets, each architecture ranked by its accuracy in its best one."""
+
+    name: ClassVar[str] = "mixture"
+
+    @classmethod
+    def num_supernets(cls, space: SearchSpace) -> int | None:
+        return None
+
+    @classmethod
+    def make_sampler(cls, problem: Problem) -> MixtureSampler:
+        config = problem.config
+        every = config.balance_every
+        return MixtureSampler(
+            problem.space, config.supernets, problem.num_steps, config.seed,
+            procedure=config.procedure,
+            balance_every=problem.train.steps_per_epoch if every == "epoch" else every,
+            temperature=lambda step: inverse_temperature(problem.progress(step), config.schedule, config.supernets),
+        )  # fmt: skip

@@ -1,0 +1,128 @@
+"""`SupernetMethod`: supernets with shared weights, of which one trains one architecture a step, as a sampler proposes.
+
+Source: Javan et al. 2023, section 2: SGD on a training batch, then the accuracy on one validation batch.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+
+from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.methods.base import Method, Outcome, Ranking, Sampler
+from bmsn.methods.problem import Problem
+from bmsn.network import SupernetMixture
+from bmsn.plan import Pair
+from bmsn.racing import Race, images_seen, race
+from bmsn.rng import torch_seed
+from bmsn.trainer import batch_accuracy, train_step
+
+NUM_CALIBRATION = 1024  # training images that calibrated statistics are measured on
+
+
+class SupernetMethod(Method):
+    """M supernets trained by momentum SGD. A subclass names its sampler.
+
+    Attributes:
+        nets: the supernets; velocity: (M, P), their momentum.
+        sampler: says which architecture trains in which supernet.
+    """
+
+    settings: ClassVar[frozenset[str]] = frozenset({"refresh_every", "score_every", "evaluate_top", "race"})
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        config, data = problem.config, problem.data
+        weights = torch.Generator().manual_seed(torch_seed(config.seed, "weights"))
+        self.nets = SupernetMixture(
+            problem.space, config.supernets, data.num_classes, data.in_channels, generator=weights
+        )
+        self.nets.pixel_table = problem.table
+        self.nets.to(problem.device)
+        self.velocity = torch.zeros_like(self.nets.arena.detach())
+        self.sampler = self.make_sampler(problem)
+
+    @classmethod
+    @abstractmethod
+    def make_sampler(cls, problem: Problem) -> Sampler:
+        """The sampler at the start of a search."""
+
+    def step(self, step: int) -> Outcome:
+        problem, config = self.problem, self.problem.config
+        index, supernet = self.sampler.propose(step)
+        architecture, macs = problem.space[index], problem.macs[index]
+        images, labels = problem.train_batch(step)
+        loss = train_step(
+            self.nets, self.velocity, architecture, supernet, images, labels,
+            lr=problem.learning_rate(step), momentum=config.momentum, weight_decay=config.weight_decay,
+        )  # fmt: skip
+        self.cost.train(len(labels), macs)
+        accuracy: float | None = None
+        if math.isfinite(loss):
+            images, labels = problem.validation_batch(step)
+            accuracy = batch_accuracy(self.nets, architecture, supernet, images, labels)
+            self.cost.validate(len(labels), macs)
+        if config.refresh_every and (step + 1) % config.refresh_every == 0:
+            self._refresh(step)
+        self.sampler.observe(step, index, supernet, accuracy)
+        return Outcome(loss, accuracy, f"architecture {architecture} with supernet {supernet}")
+
+    def _refresh(self, step: int) -> None:
+        """All that the sampler knows from one validation batch, scored in one pass."""
+        images, labels = self.problem.validation_batch(step)
+        scores = score_architectures(self.nets, images, labels, self.pairs(), batch_size=len(images))
+        self._count(scores)
+        self.sampler.refresh(self.sampler.pairs(), scores.accuracy.numpy())
+
+    def rank(self) -> Ranking:
+        return self.sampler.rank()
+
+    def pairs(self) -> list[Pair]:
+        return [(self.problem.space[index], supernet) for index, supernet in self.sampler.pairs()]
+
+    def score(self, pairs: Sequence[Pair], *, watching: bool = False) -> Scores | Race:
+        problem, config = self.problem, self.problem.config
+        images, labels = problem.validation_half()
+        scorer: Callable[..., Scores] = score_architectures if config.fast_eval else score_one_by_one
+        if config.norm == "calibrated":
+            known = problem.training_images(NUM_CALIBRATION)
+            scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
+        scores: Scores | Race
+        if config.race and not watching:
+            scores = race(
+                self.nets, images, labels, config.race, confidence=config.confidence, pairs=pairs,
+                batch_size=config.batch_size, seed=config.seed, score=scorer,
+            )  # fmt: skip
+        else:
+            scores = scorer(self.nets, images, labels, pairs, batch_size=config.batch_size)
+        if not watching:
+            self._count(scores)
+        return scores
+
+    def _count(self, scores: Scores | Race) -> None:
+        for (architecture, _), images in zip(scores.pairs, images_seen(scores), strict=True):
+            self.cost.validate(images, self.problem.macs[architecture.index])
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        return self.sampler.metrics(step)
+
+    def snapshot(self, step: int) -> dict[str, Any] | None:
+        return self.sampler.snapshot(step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "arena": self.nets.arena.detach().cpu().clone(),
+            "velocity": self.velocity.cpu().clone(),
+            "sampler": self.sampler.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            self.nets.arena.copy_(state["arena"])
+        self.velocity.copy_(state["velocity"])
+        self.sampler.load_state_dict(state["sampler"])
