@@ -227,7 +227,7 @@ def _mixture_case(architectures: int, supernets: int, ordinary: bool) -> Case:
     launch = partial(
         kernels("balance").launch_mixture_step,
         *(double(*shape[::-1]), double(supernets), counter(*shape), counter(*shape), double(7)),
-        *(_meta(1, dtype=torch.int32), counter(), counter(1001), double(1001), double(1001), counter()),
+        *(counter(), counter(), counter(1001), double(1001), double(1001), counter()),
         *(_meta(dtype=torch.bool), 256, 0.9, 1e-12, 1, 500),
     )
     return Case(f"mixture_step {architectures}x{supernets}", torch.float64, ordinary, launch)

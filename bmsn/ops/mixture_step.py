@@ -46,7 +46,7 @@ class MixtureTensors:
         potentials: (M,) float64.
         visits, last_visit: (C, M) int64.
         outcome: (7,) float64: the fields of `Outcome` after the latest balance, and its step.
-        supernet: (1,) int32, of the step that comes.
+        supernet: () int64, of the step that comes.
         architectures: (T + 1,) int64, of each step.
         inverse_temperatures: (T + 1,) float64, 1/tau before each step.
         uniforms: (T + 1,) float64 in [0, 1), that each step's supernet is drawn with.
@@ -105,7 +105,7 @@ class MixtureTensors:
             visits=torch.zeros(shape, dtype=torch.int64, device=device),
             last_visit=torch.full(shape, -1, dtype=torch.int64, device=device),
             outcome=torch.zeros(7, dtype=torch.float64, device=device),
-            supernet=torch.zeros(1, dtype=torch.int32, device=device),
+            supernet=torch.zeros((), dtype=torch.int64, device=device),
             architectures=torch.from_numpy(architectures).to(device),
             inverse_temperatures=torch.from_numpy(inverse_temperatures).to(device),
             uniforms=torch.from_numpy(uniforms).to(device),

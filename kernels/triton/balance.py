@@ -172,7 +172,7 @@ def _mixture_step_kernel(
     visits_ptr,  # (C, M) int64
     last_visit_ptr,  # (C, M) int64
     outcome_ptr,  # (7,) float64
-    supernet_ptr,  # (1,) int32
+    supernet_ptr,  # () int64
     step_ptr,  # () int64
     architectures_ptr,  # (steps + 1,) int64
     inverse_temperatures_ptr,  # (steps + 1,) float64
@@ -193,7 +193,7 @@ def _mixture_step_kernel(
     m = tl.arange(0, BM)
     alive = tl.load(outcome_ptr) == _SOLVED
     now = tl.load(step_ptr)
-    architecture, supernet = tl.load(architectures_ptr + now), tl.load(supernet_ptr).to(tl.int64)
+    architecture, supernet = tl.load(architectures_ptr + now), tl.load(supernet_ptr)
     following, uniform = tl.load(architectures_ptr + now + 1), tl.load(uniforms_ptr + now + 1)
     inverse = tl.load(inverse_temperatures_ptr + now + 1)
 
@@ -232,7 +232,7 @@ def _mixture_step_kernel(
     tl.store(visits_ptr + pair, visits + 1, mask=observed)
     tl.store(last_visit_ptr + pair, now, mask=observed)
     tl.store(potentials_ptr + m, g, mask=m < tl.where(solved, M, 0))
-    tl.store(supernet_ptr, drawn, mask=alive & (status == _SOLVED))
+    tl.store(supernet_ptr, drawn.to(tl.int64), mask=alive & (status == _SOLVED))
     tl.store(outcome_ptr, status.to(tl.float64), mask=due)
     tl.store(outcome_ptr + 1, kl, mask=due)
     tl.store(outcome_ptr + 2, iterations.to(tl.float64), mask=due)
