@@ -36,6 +36,8 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "batch_statistics": ("cpp", "triton", "reference"),
     "bn_add_relu_pool": ("cpp", "triton", "reference"),
     "head": ("triton", "reference"),
+    "cross_entropy": ("cpp", "triton", "reference"),
+    "sgd": ("cpp", "triton", "reference"),
 }
 
 

@@ -86,9 +86,7 @@ class SupernetMixture(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw all weights anew, supernet by supernet."""
         for supernet in range(self.num_supernets):
-            convs, head = self.arena[supernet].split(
-                [self._num_conv_weights, self.arena.shape[1] - self._num_conv_weights]
-            )
+            convs, head = self.arena[supernet].split(self.part_sizes)
             for flat, (out_channels, _, kh, kw) in zip(convs.split(self._sizes), self._conv_shapes, strict=True):
                 flat.normal_(0.0, (2.0 / (out_channels * kh * kw)) ** 0.5, generator=generator)
             bound = self.space.out_channels**-0.5
@@ -105,20 +103,26 @@ class SupernetMixture(nn.Module):
 
         Of several rows (S, P) the views have S in front.
         """
-        rows = row.shape[:-1]
-        convs, head = row.split([self._num_conv_weights, row.shape[-1] - self._num_conv_weights], -1)
-        flat = convs.to(dtype).split(self._sizes, -1)
+        convs, head = row.split(self.part_sizes, -1)
+        return self.views(convs.to(dtype), head.to(torch.promote_types(dtype, torch.float32)))
+
+    @property
+    def part_sizes(self) -> tuple[int, int]:
+        """How many of a row's P weights are those of convolutions, which come first, and of the head."""
+        return self._num_conv_weights, self.arena.shape[1] - self._num_conv_weights
+
+    def views(self, convs: Tensor, head: Tensor) -> Weights:
+        """The two parts of a row (P,), or of several (S, P), each in its own dtype, as `weights`."""
+        rows = convs.shape[:-1]
         shaped = iter(
             [
                 w.view(*rows, o, kh, kw, i).movedim(-1, -3)
-                for w, (o, i, kh, kw) in zip(flat, self._conv_shapes, strict=True)
+                for w, (o, i, kh, kw) in zip(convs.split(self._sizes, -1), self._conv_shapes, strict=True)
             ]
         )
         stem = next(shaped) if self.space.stem == "large" else None
         layers = tuple({conv.name: next(shaped) for conv in layer.convolutions} for layer in self.space.layers)
-        matrix, bias = head.to(torch.promote_types(dtype, torch.float32)).split(
-            [self.space.out_channels * self.num_classes, self.num_classes], -1
-        )
+        matrix, bias = head.split([self.space.out_channels * self.num_classes, self.num_classes], -1)
         return Weights(stem, layers, matrix.view(*rows, self.num_classes, -1), bias)
 
     def forward(self, images: Tensor, architecture: Architecture, supernet: int) -> Tensor:
@@ -144,7 +148,10 @@ class SupernetMixture(nn.Module):
 
     def forward_row(self, row: Tensor, images: Tensor, architecture: Architecture) -> Tensor:
         """`forward` with the weights of one row (P,), unchecked; `images` in channels_last."""
-        weights = self.weights(row, images.dtype)
+        return self.forward_weights(self.weights(row, images.dtype), images, architecture)
+
+    def forward_weights(self, weights: Weights, images: Tensor, architecture: Architecture) -> Tensor:
+        """`forward_row` with views that are there already."""
         x = images
         if weights.stem is not None:
             x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3)), 3, 2, 1)

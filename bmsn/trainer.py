@@ -1,4 +1,4 @@
-"""One training step of one supernet with one architecture, and the accuracy of a pair on one batch. Eager torch.
+"""One training step of one supernet with one architecture, and the accuracy of a pair on one batch.
 
 Source: Javan et al. 2023, section 2.2: one SGD step of w_m on a training batch, then one validation batch.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.config import Procedure
 from bmsn.errors import InputError
 from bmsn.network import SupernetMixture
+from bmsn.ops.cross_entropy import cross_entropy
+from bmsn.ops.sgd import sgd
 from bmsn.space import Architecture
 
 
@@ -37,6 +38,61 @@ def learning_rate(progress: float, lr: float, min_lr: float, procedure: Procedur
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
 
 
+def working_copies(mixture: SupernetMixture, dtype: torch.dtype) -> Tensor | None:
+    """(M, P) bfloat16, the rounded arena, for `device_step`; None where the computation is in another dtype."""
+    return mixture.arena.detach().to(dtype) if dtype == torch.bfloat16 else None
+
+
+def device_step(
+    mixture: SupernetMixture,
+    velocity: Tensor,
+    copies: Tensor | None,
+    architecture: Architecture,
+    row: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """One step of momentum SGD on row `row` of the arena, as `torch.optim.SGD` does it; the host waits for nothing.
+
+    Args:
+        mixture: changed in place, unless the loss or a gradient is not finite. All tensors lie on its device.
+        velocity: (M, P) momentum buffers, dtype of the arena; a row of zeros is a fresh one.
+        copies: `working_copies` of the mixture, kept up by every step; None: weights are rounded on the way.
+        architecture: one of the space's.
+        row: () int64, the supernet.
+        images: (N, C, H, W) channels_last, in the dtype of the computation.
+        labels: (N,) int64.
+        lr: (), dtype of the arena.
+    Returns:
+        loss: () mean cross-entropy, NaN where it or a gradient is not finite: then nothing has changed.
+        correct: () int64, how many of the images were classified correctly.
+    """
+    arena, index = mixture.arena.detach(), row.view(1)
+    chosen = arena.index_select(0, index)[0]
+    convs, head = chosen.split(mixture.part_sizes)
+    if copies is not None:
+        convs = copies[:, : mixture.part_sizes[0]].index_select(0, index)[0]
+    else:
+        convs = convs.to(images.dtype)
+    head = head.to(torch.promote_types(images.dtype, torch.float32))
+    with torch.enable_grad():
+        convs, head = convs.requires_grad_(), head.requires_grad_()
+        logits = mixture.forward_weights(mixture.views(convs, head), images, architecture)
+        loss, correct = cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, (convs, head))
+    gradient = torch.cat([part.to(arena.dtype) for part in gradients])
+    loss = loss.detach().to(arena.dtype) + 0 * gradient.sum()  # NaN with a gradient that is not finite
+    sgd(
+        arena, velocity, gradient, row, lr, loss,
+        momentum=momentum, weight_decay=weight_decay, copies=copies,
+    )  # fmt: skip
+    return loss, correct
+
+
 def train_step(
     mixture: SupernetMixture,
     velocity: Tensor,
@@ -48,29 +104,20 @@ def train_step(
     lr: float,
     momentum: float,
     weight_decay: float,
+    copies: Tensor | None = None,
 ) -> float:
-    """One step of momentum SGD on row `supernet` of the arena, as `torch.optim.SGD` does it.
+    """`device_step` for a host that waits for the loss.
 
-    Args:
-        mixture: changed in place, unless the loss or a gradient is not finite.
-        velocity: (M, P) momentum buffers; a row of zeros is a fresh one (torch's first step: velocity = gradient).
-        images: (N, C, H, W) channels_last, in the dtype of the computation.
-        labels: (N,) int64.
     Returns:
-        The mean cross-entropy; where it is not finite, nothing has changed.
+        The mean cross-entropy; where it or a gradient is not finite NaN, and nothing has changed.
     """
-    row = mixture.arena.detach()[supernet]
-    leaf = row.detach().requires_grad_()
-    loss = F.cross_entropy(mixture.forward_row(leaf, images, architecture), labels)
-    (gradient,) = torch.autograd.grad(loss, leaf)
+    arena = mixture.arena
+    loss, _ = device_step(
+        mixture, velocity, copies, architecture, torch.tensor(supernet, device=arena.device), images, labels,
+        lr=torch.tensor(lr, dtype=arena.dtype, device=arena.device), momentum=momentum, weight_decay=weight_decay,
+    )  # fmt: skip
     value = loss.item()
-    if not math.isfinite(value) or not math.isfinite(gradient.sum().item()):
-        return math.nan
-    with torch.no_grad():
-        gradient.add_(row, alpha=weight_decay)
-        velocity[supernet].mul_(momentum).add_(gradient)
-        row.sub_(velocity[supernet], alpha=lr)
-    return value
+    return value if math.isfinite(value) else math.nan
 
 
 @torch.no_grad()

@@ -4,14 +4,18 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <tuple>
 
 #include "augment.h"
 #include "balance.h"
+#include "cross_entropy.h"
 #include "norm_relu.h"
+#include "sgd.h"
 
 namespace py = pybind11;
 
@@ -152,11 +156,45 @@ void bind_norm_relu(py::module_& m) {
     m.def("norm_relu_backward", backward, py::call_guard<py::gil_scoped_release>());
 }
 
+// Addresses come from bmsn.ops.cross_entropy, which has checked dtypes, shapes and layout and made the outputs.
+void bind_cross_entropy(py::module_& m) {
+    const auto call = [](const std::tuple<std::int64_t, std::int64_t>& shape, std::uintptr_t logits, std::uintptr_t labels,
+                         std::uintptr_t loss, std::uintptr_t correct, std::uintptr_t gradient, int threads) {
+        const auto [images, classes] = shape;
+        bmsn::cross_entropy(reinterpret_cast<const float*>(logits), reinterpret_cast<const std::int64_t*>(labels), images,
+                            classes, reinterpret_cast<float*>(loss), reinterpret_cast<std::int64_t*>(correct),
+                            reinterpret_cast<float*>(gradient), threads);
+    };
+    m.def("cross_entropy", call, py::call_guard<py::gil_scoped_release>());
+}
+
+// Addresses (copies: 0 if there are none) come from bmsn.ops.sgd, which has checked dtypes, shapes and layout.
+void bind_sgd(py::module_& m) {
+    const auto call = [](const std::tuple<std::int64_t, std::int64_t>& shape, std::uintptr_t weights, std::uintptr_t velocity,
+                         std::uintptr_t copies, std::uintptr_t gradient, std::uintptr_t row, std::uintptr_t lr,
+                         std::uintptr_t loss, double momentum, double weight_decay, int threads) {
+        const auto [rows, size] = shape;
+        const std::int64_t chosen = *reinterpret_cast<const std::int64_t*>(row);
+        if (chosen < 0 || chosen >= rows)
+            throw py::index_error("row must be in 0.." + std::to_string(rows - 1) + "; got " + std::to_string(chosen));
+        if (!std::isfinite(*reinterpret_cast<const float*>(loss))) return;
+        const std::int64_t at = chosen * size;
+        const py::gil_scoped_release nogil;
+        bmsn::sgd({*reinterpret_cast<const float*>(lr), static_cast<float>(momentum), static_cast<float>(weight_decay)}, size,
+                  reinterpret_cast<const float*>(gradient), reinterpret_cast<float*>(weights) + at,
+                  reinterpret_cast<float*>(velocity) + at, copies ? reinterpret_cast<std::uint16_t*>(copies) + at : nullptr,
+                  threads);
+    };
+    m.def("sgd", call);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ backend of bmsn.";
     bind_augment(m);
     bind_balance(m);
+    bind_cross_entropy(m);
     bind_norm_relu(m);
+    bind_sgd(m);
 }
