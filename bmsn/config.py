@@ -59,6 +59,7 @@ class SearchConfig:
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
         pool: how a layer downsamples; None: as the space says.
         device: where to compute; auto: CUDA where there is a GPU.
+        engine: how steps run: one by one (eager), or each as one CUDA graph (graphs); auto: graphs on CUDA.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
@@ -91,6 +92,7 @@ class SearchConfig:
     refresh_every: int = 0
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: Literal["auto", "eager", "graphs"] = "auto"
     seed: int = 0
     fast_eval: bool = False
     norm: Literal["batch", "calibrated"] = "batch"

@@ -290,8 +290,8 @@ def _out_of_memory_said(step: int, device: torch.device) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         raise RunStopped(
-            f"step {step} or soon after: out of memory on {device} at a peak of {peak / 2**30:.2f} GiB; checkpoints are "
-            f"intact; a smaller batch_size may help ({str(error).splitlines()[0]})"
+            f"step {step} or soon after: out of memory on {device} at a peak of {peak / 2**30:.2f} GiB; checkpoints "
+            f"are intact; a smaller batch_size may help ({str(error).splitlines()[0]})"
         ) from error
 
 
@@ -318,6 +318,4 @@ def tensors_of(state: SearchState) -> dict[str, Tensor]:
     written = ("scores", "potentials", "visits", "last_visit", "outcome", "supernet")
     own = {field.name: getattr(state, field.name) for field in fields(state)}
     found = {name: value for name, value in own.items() if isinstance(value, Tensor) and name != "lrs"}
-    return (
-        found | {"arena": state.nets.arena.detach()} | {name: getattr(state.mixture, name) for name in written}
-    )
+    return found | {"arena": state.nets.arena.detach()} | {name: getattr(state.mixture, name) for name in written}

@@ -113,7 +113,7 @@ class BatchStream:
             raise InputError(f"labels must be int64 ({len(stored)},); got {labels.dtype} {tuple(labels.shape)}")
         if not 2 <= batch_size <= len(indices):
             raise InputError(f"batch_size must be in 2..{len(indices)}, the number of images; got {batch_size}")
-        self.images = stored.to(device)
+        self.images, self.device = stored.to(device), device
         self.indices, self.batch_size, self.dtype, self.augment = indices, batch_size, dtype, augment
         self.seed, self.purpose = seed, purpose
         self._key = rng.philox_key(seed, f"{purpose}/augment")

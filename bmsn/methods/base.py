@@ -23,7 +23,7 @@ from bmsn.racing import Race
 from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
-OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race")
+OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race", "engine")
 
 
 @dataclass
@@ -173,6 +173,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, step: int) -> Outcome:
         """One training step, counted in `cost`. Raises RunStopped where the search cannot go on."""
+
+    def steps(self, step: int, stop: int) -> list[Outcome]:
+        """One step or more, up to step `stop` - 1: until then nobody looks."""
+        return [self.step(step)]
 
     @abstractmethod
     def rank(self) -> Ranking:
