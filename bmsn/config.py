@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class SearchConfig:
     Attributes:
         space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
         data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz).
-        method: how to search (`bmsn.methods.names()`).
+        method: how to search: mixture, spos, few-shot, mcts, boltzmann, random or macs.
         supernets: M, number of supernets; None: as many as the method needs; mixture: 4, on synthetic data 2.
         epochs: passes over the training half; None: a base of the data set times M.
         preset: values for what is not given here: ours, the paper's, or those of its authors' code.
@@ -57,6 +58,9 @@ class SearchConfig:
         schedule: 1/tau linear from 1 to 100 (inverse), or tau linear from 1 to 1/(100 M) (temperature).
         balance_every: steps from one balancing to the next, or "epoch".
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
+        warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
+            paper has searches with it and without.
+        ucb_constant: c of mcts: how much it explores.
         pool: how a layer downsamples; None: as the space says.
         device: where to compute; auto: CUDA where there is a GPU.
         engine: how steps run: one by one (eager), or each as one CUDA graph (graphs); auto: graphs on CUDA.
@@ -90,6 +94,8 @@ class SearchConfig:
     schedule: Literal["inverse", "temperature"] | None = None
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
+    warm_up: float = 0.0
+    ucb_constant: float = math.sqrt(2)
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     engine: Literal["auto", "eager", "graphs"] = "auto"
@@ -118,6 +124,8 @@ class SearchConfig:
             "momentum": (0, 1),
             "weight_decay": (0, 1),
             "refresh_every": (0, 10**9),
+            "warm_up": (0, 1),
+            "ucb_constant": (0, 1000),
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
             "evaluate_top": (0, 10**9),

@@ -152,13 +152,15 @@ class SearchResult:
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {supernet:>8}  "
                 f"{row.macs_ratio:>5.2f}x  {ema:>11}" + (f"  {row.images_seen:>7}" if raced else "")
             )
+        where = "Nothing was trained."
+        if any(row.accuracy is not None for row in self.ranking):
+            where = "Accuracies are within a supernet, on the validation half; not after retraining."
         best, total = self.best, self.timings["total_seconds"]
         positions = ", ".join(map(str, best.architecture.pool_positions))
         lines += [
             "",
             f"Best: {best.architecture} (pooling before layers {positions}), "
-            f"{best.macs_ratio:.2f}x the MACs of the default. Ranked by {self.method['ranked_by']}. "
-            "Accuracies are within a supernet, on the validation half; not after retraining.",
+            f"{best.macs_ratio:.2f}x the MACs of the default. Ranked by {self.method['ranked_by']}. {where}",
             f"{self.data['name']}: {total:.0f} s in all, training {self.timings['train_seconds']:.0f} s "
             f"({self.timings['train_images_per_second']:.0f} images/s), scoring {self.timings['score_seconds']:.1f} s.",
         ]

@@ -27,7 +27,7 @@ PROGRAM = "python -m bmsn.search"
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """Search where a CNN should downsample: train a balanced mixture of supernets, rank all pooling architectures.
+    """Search where a CNN should downsample: by a balanced mixture of supernets or another method, ranking all poolings.
 
     Attributes:
         search: the settings of the search.

@@ -22,7 +22,7 @@ from bmsn import engine
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
-from bmsn.methods.mixture import draw_architectures
+from bmsn.methods.uniform import draw_uniform
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from global_state import unchanged
@@ -222,15 +222,15 @@ def test_the_built_in_set_has_settings_of_its_own():
 
 
 def test_architectures_are_drawn_uniformly():
-    blocks = draw_architectures(15, 15 * 400 + 7, 3, in_blocks=True)
+    blocks = draw_uniform(15, 15 * 400 + 7, 3, in_blocks=True)
     assert all(sorted(block) == list(range(15)) for block in blocks[: 15 * 400].reshape(400, 15).tolist())
     assert len(set(blocks[-7:].tolist())) == 7  # a block that is cut off holds none twice
-    independent = draw_architectures(15, 15 * 400 + 7, 3, in_blocks=False)
+    independent = draw_uniform(15, 15 * 400 + 7, 3, in_blocks=False)
     for drawn in (blocks, independent):
         assert drawn.shape == (15 * 400 + 7,)
         firsts = np.bincount(drawn[: 15 * 400 : 15], minlength=15)  # 400 draws of a place in the block
         assert stats.chisquare(firsts).pvalue > 1e-3
-        assert not np.array_equal(drawn, draw_architectures(15, 15 * 400 + 7, 4, in_blocks=drawn is blocks))
+        assert not np.array_equal(drawn, draw_uniform(15, 15 * 400 + 7, 4, in_blocks=drawn is blocks))
     assert np.bincount(independent, minlength=15).max() > 410  # where blocks give each exactly 400
 
 

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
 _METHODS = {
     "mixture": "bmsn.methods.mixture:Mixture",
     "spos": "bmsn.methods.spos:Spos",
+    "few-shot": "bmsn.methods.few_shot:FewShot",
+    "mcts": "bmsn.methods.mcts:Mcts",
+    "boltzmann": "bmsn.methods.boltzmann:Boltzmann",
+    "random": "bmsn.methods.random:Random",
+    "macs": "bmsn.methods.macs:Macs",
 }
 
 
@@ -31,7 +36,7 @@ def check_name(name: str) -> None:
     """Raises InputError unless there is a method of that name; the message has the nearest one."""
     if name not in _METHODS:
         near = difflib.get_close_matches(str(name), _METHODS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise InputError(f"method {name!r} is unknown{hint} Known: {', '.join(_METHODS)}")
 
 

@@ -23,7 +23,7 @@ from bmsn.racing import Race
 from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
-OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race", "engine")
+OPTIONAL_SETTINGS = ("refresh_every", "score_every", "evaluate_top", "race", "engine", "warm_up", "ucb_constant")
 
 
 @dataclass
@@ -121,6 +121,10 @@ class Sampler(ABC):
         """The record of the whole state, some 50 a search: "kind" and what belongs to it; None: there is none."""
         return None
 
+    def findings(self) -> dict[str, Any]:
+        """What this method alone found, plain values for result.json."""
+        return {}
+
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
         """All that changes during a search: arrays, tensors, numbers."""
@@ -204,7 +208,7 @@ class Method(ABC):
         return None
 
     def findings(self) -> dict[str, Any]:
-        """What this method alone found (a path, final weights of choices), plain values for result.json."""
+        """As `Sampler.findings`."""
         return {}
 
     @abstractmethod

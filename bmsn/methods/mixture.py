@@ -19,19 +19,11 @@ from bmsn.errors import RunStopped
 from bmsn.methods.base import Outcome, Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
+from bmsn.methods.uniform import draw_uniform
 from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
 from bmsn.ops.balance import BalanceError
 from bmsn.rng import generator
 from bmsn.space import SearchSpace
-
-
-def draw_architectures(num_architectures: int, num_steps: int, seed: int, *, in_blocks: bool) -> NDArray[np.int64]:
-    """(num_steps,) int64: each step's architecture, uniform: independently, or in shuffled blocks of each once."""
-    random = generator(seed, "architectures")
-    if not in_blocks:
-        return random.integers(num_architectures, size=num_steps)
-    blocks = np.tile(np.arange(num_architectures), (-(-num_steps // num_architectures), 1))
-    return random.permuted(blocks, axis=1).ravel()[:num_steps]
 
 
 class MixtureSampler(Sampler):
@@ -68,7 +60,7 @@ class MixtureSampler(Sampler):
             balance_every=balance_every,
         )
         # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
-        self.drawn = draw_architectures(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
+        self.drawn = draw_uniform(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
         self.uniforms = generator(seed, "supernets").random(num_steps + 1)
         self.supernet = self.mixture.draw(int(self.drawn[0]), temperature(0), float(self.uniforms[0]))
 

@@ -114,6 +114,9 @@ class SupernetMethod(Method):
     def snapshot(self, step: int) -> dict[str, Any] | None:
         return self.sampler.snapshot(step)
 
+    def findings(self) -> dict[str, Any]:
+        return self.sampler.findings()
+
     def state_dict(self) -> dict[str, Any]:
         return {
             "arena": self.nets.arena.detach().cpu().clone(),
