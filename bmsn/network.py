@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmsn.errors import InputError
+from bmsn.ops.conv2d import conv2d
 from bmsn.ops.norm_relu import norm_add_relu, norm_relu
 from bmsn.space import Architecture, Convolution, Layer, SearchSpace
 
@@ -154,7 +155,7 @@ class SupernetMixture(nn.Module):
         """`forward_row` with views that are there already."""
         x = images
         if weights.stem is not None:
-            x = F.max_pool2d(norm_relu(F.conv2d(x, weights.stem, stride=2, padding=3)), 3, 2, 1)
+            x = F.max_pool2d(norm_relu(conv2d(x, weights.stem, stride=2)), 3, 2, 1)
         pool, positions = self.space.pool, architecture.pool_positions
         for index, (layer, w) in enumerate(zip(self.space.layers, weights.layers, strict=True)):
             # A pooling before the next layer ends this one: one sweep instead of three.
@@ -192,12 +193,12 @@ def _layer(x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int, 
     for conv in layer.main:
         if conv is not layer.main[0]:
             y = norm_relu(y)
-        y = F.conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1, padding=conv.kernel // 2)
+        y = conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1)
     if layer.kind == "stem":
         return norm_relu(y, max_pool=max_pool)
     projects = layer.shortcut is not None
     if projects:
-        x = F.conv2d(x, weights["shortcut"], stride=stride)
+        x = conv2d(x, weights["shortcut"], stride=stride)
     elif stride == 2:
         x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
     return norm_add_relu(y, x, normalise_shortcut=projects, max_pool=max_pool)

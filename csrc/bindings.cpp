@@ -13,6 +13,7 @@
 
 #include "augment.h"
 #include "balance.h"
+#include "conv_gradient.h"
 #include "cross_entropy.h"
 #include "norm_relu.h"
 #include "sgd.h"
@@ -156,6 +157,18 @@ void bind_norm_relu(py::module_& m) {
     m.def("norm_relu_backward", backward, py::call_guard<py::gil_scoped_release>());
 }
 
+// Addresses come from bmsn.ops.conv2d, which has checked dtypes, shapes and layout and made the output.
+void bind_conv_gradient(py::module_& m) {
+    using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t dw, int threads) {
+        const auto [images, height, width, in_channels, out_channels] = shape;
+        bmsn::conv_weight_gradient({images, height, width, in_channels, out_channels}, reinterpret_cast<const std::uint16_t*>(x),
+                                   reinterpret_cast<const std::uint16_t*>(grad), reinterpret_cast<std::uint16_t*>(dw), threads);
+    };
+    m.def("has_conv_weight_gradient", &bmsn::has_conv_weight_gradient);
+    m.def("conv_weight_gradient", call, py::call_guard<py::gil_scoped_release>());
+}
+
 // Addresses come from bmsn.ops.cross_entropy, which has checked dtypes, shapes and layout and made the outputs.
 void bind_cross_entropy(py::module_& m) {
     const auto call = [](const std::tuple<std::int64_t, std::int64_t>& shape, std::uintptr_t logits, std::uintptr_t labels,
@@ -194,6 +207,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ backend of bmsn.";
     bind_augment(m);
     bind_balance(m);
+    bind_conv_gradient(m);
     bind_cross_entropy(m);
     bind_norm_relu(m);
     bind_sgd(m);

@@ -29,6 +29,7 @@ ARCHITECTURES = (90, 80, 100)  # H100 and H200; A100; B200
 DTYPES = (torch.bfloat16, torch.float32)
 TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 TYPES |= {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+SHARED = ("statistics", "bn_add_relu_pool")  # whose launchers others call
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def record(launch: Callable[[], None]) -> list[Launch]:
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             return lambda *args, **options: launches.append(Launch(self.kernel, args, options))
 
-    modules = {kernels("statistics"), importlib.import_module(_module_of(launch))}
+    modules = {*(kernels(name) for name in SHARED), importlib.import_module(_module_of(launch))}
     with ExitStack() as stack:
         for module in modules:
             found = {name: Recorder(value) for name, value in vars(module).items() if name.endswith("_kernel")}
@@ -90,7 +91,8 @@ def compile_launch(launch: Launch, architecture: int) -> Usage:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    options = {name: launch.options[name] for name in ("num_warps", "num_stages") if name in launch.options}
+    names = ("num_warps", "num_stages", "enable_fp_fusion")
+    options = {name: launch.options[name] for name in names if name in launch.options}
     given = dict(zip(launch.kernel.arg_names, launch.args, strict=False)) | launch.options
     signature: dict[str, str] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -204,6 +206,39 @@ def _head_case(dtype: torch.dtype, channels: int, classes: int, ordinary: bool) 
     return Case(f"head {channels}->{classes}", dtype, ordinary, launch)
 
 
+def _norm_relu_case(dtype: torch.dtype, channels: int, shortcut: str, pool: bool, ordinary: bool) -> Case:
+    """Forward and backward."""
+    x, stats = _map(channels, 32, dtype), _meta(1 + (shortcut == "normed"), 2, 2, channels)
+    y = _map(channels, 16, dtype) if pool else x
+    index = _map(channels, 16, torch.uint8) if pool else None
+    module = kernels("norm_relu")
+
+    def launch() -> None:
+        module.launch_norm_relu(x, None if shortcut == "none" else x, y, stats, index)
+        module.launch_norm_relu_backward(
+            *(y, y if pool or shortcut != "none" else None, x, x if shortcut == "normed" else None, stats, index),
+            *(x, None if shortcut == "none" else x),
+        )
+
+    launch.__module__ = module.__name__
+    return Case(f"norm_relu {channels} pool={pool} shortcut={shortcut}", dtype, ordinary, launch)
+
+
+def _cross_entropy_case(images: int, classes: int, ordinary: bool) -> Case:
+    logits, labels = _meta(images, classes), _meta(images, dtype=torch.int64)
+    outputs = (_meta(), _meta(dtype=torch.int64), logits)
+    launch = partial(kernels("cross_entropy").launch_cross_entropy, logits, labels, *outputs)
+    return Case(f"cross_entropy {images}x{classes}", torch.float32, ordinary, launch)
+
+
+def _sgd_case(size: int, copies: bool, ordinary: bool) -> Case:
+    rows, scalar = _meta(4, size), _meta()
+    low = _meta(4, size, dtype=torch.bfloat16) if copies else None
+    row = _meta(dtype=torch.int64)
+    launch = partial(kernels("sgd").launch_sgd, rows, rows, low, _meta(size), row, scalar, scalar, 0.9, 1e-3)
+    return Case(f"sgd {size} copies={copies}", torch.float32, ordinary, launch)
+
+
 def _statistics_case(dtype: torch.dtype, channels: int, ordinary: bool) -> Case:
     launch = partial(kernels("statistics").launch_batch_statistics, _map(channels, 32, dtype), 2, _meta(2, 2, channels))
     return Case(f"batch_statistics {channels}", dtype, ordinary, launch)
@@ -250,8 +285,10 @@ def cases() -> list[Case]:
         found += [_pool_case(dtype, 64, None, "normed", True), _head_case(dtype, 2048, 512, True)]
         found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
         found += [_augment_case(dtype, 32, 3, True, True), _augment_case(dtype, 32, 3, False, True)]
+        found += [_norm_relu_case(dtype, 64, "normed", pool, True) for pool in (False, True)]
     found += [_mixture_case(36, 4, True), _mixture_case(1024, 16, True)]
     found += [_mixture_case(560, 8, False), _mixture_case(1, 1, False), _mixture_case(3, 64, False)]
+    found += [_cross_entropy_case(128, 10, True), _cross_entropy_case(256, 100, True), _sgd_case(270896, True, True)]
     for dtype in DTYPES:
         for shortcut in (False, True):
             for config in _configs(dtype, shortcut):
@@ -266,6 +303,10 @@ def cases() -> list[Case]:
             for pool in (None, "max", "avg"):
                 found += [_pool_case(dtype, channels, pool, kind, False) for kind in ("none", "plain", "normed")]
         found += [_head_case(dtype, channels, 10, False) for channels in (16, 512)]
+        for channels in (16, 32, 256):
+            for pool in (False, True):
+                found += [_norm_relu_case(dtype, channels, kind, pool, False) for kind in ("none", "plain", "normed")]
+    found += [_cross_entropy_case(1024, 1000, False), _sgd_case(270895, True, False), _sgd_case(64, False, False)]
     unique: dict[str, Case] = {}
     for case in found:
         unique.setdefault(str(case), case)

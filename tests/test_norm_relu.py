@@ -272,15 +272,13 @@ def test_gradcheck(kind: str) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     x, shortcut, grad = make_inputs((2, 2, 3, 4, 4), dtype)
     ops = torch.ops.bmsn
-    for normalise, max_pool in ((False, False), (True, False), (True, True)):
-        y, stats, index = ops.norm_add_relu(x, shortcut, 2, normalise, max_pool)
-        torch.library.opcheck(ops.norm_add_relu.default, (x, shortcut, 2, normalise, max_pool))
+    for added, normalise, max_pool in ((None, False, True), (shortcut, False, False), (shortcut, True, True)):
+        arguments = (x, added, 2, normalise, max_pool, "cpp")
+        y, stats, index = ops.norm_relu(*arguments)
+        torch.library.opcheck(ops.norm_relu.default, arguments)
         pooled_grad = channels_last(grad[:, :, ::2, ::2]) if max_pool else grad
-        backward_args = (pooled_grad, y, x, shortcut if normalise else None, stats, index if max_pool else None)
-        torch.library.opcheck(ops.norm_add_relu_backward.default, backward_args)
-    torch.library.opcheck(ops.norm_relu.default, (x, 2, False))
-    stats = ops.norm_relu(x, 2, False)[1]
-    torch.library.opcheck(ops.norm_relu_backward.default, (grad, None, x, stats, None))
+        saved = (y, x, shortcut if normalise else None, stats, index if max_pool else None)
+        torch.library.opcheck(ops.norm_relu_backward.default, (pooled_grad, *saved, added is not None, "cpp"))
 
 
 def test_bad_input() -> None:

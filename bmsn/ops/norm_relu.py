@@ -7,7 +7,7 @@ and, where the next layer wants it, 2x2 max-pooling of that.
     norm(x)[n,c,h,w] = (x[n,c,h,w] - mean[g,c]) * rstd[g,c],  g = the statistics group of image n
 
 mean and rstd = 1 / sqrt(variance + EPS) are those of (N, H, W) within the group, the variance biased; no affine step.
-In C++ two sweeps over memory forward (statistics; everything else) and two backward (sums; everything else).
+In C++ and in Triton two sweeps over memory forward (statistics; everything else), two backward (sums; everything else).
 
 Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023, section 2 for the supernet's use of it.
 """
@@ -34,21 +34,17 @@ from bmsn.ops.checks import (
 
 EPS = 1e-5  # of torch.nn.BatchNorm2d
 
-# index: which of each four values max-pooling took, (G*N, C, H/2, W/2) uint8; without pooling it has no elements.
+# index: which of each four values max-pooling took, (G*N, C, H/2, W/2) uint8; without pooling it has no elements, like
+# dshortcut without a shortcut.
 torch.library.define(
-    "bmsn::norm_relu", "(Tensor x, int num_groups, bool max_pool) -> (Tensor y, Tensor stats, Tensor index)"
-)
-torch.library.define(
-    "bmsn::norm_relu_backward", "(Tensor grad, Tensor? y, Tensor x, Tensor stats, Tensor? index) -> Tensor"
-)
-torch.library.define(
-    "bmsn::norm_add_relu",
-    "(Tensor x, Tensor shortcut, int num_groups, bool normalise_shortcut, bool max_pool) "
+    "bmsn::norm_relu",
+    "(Tensor x, Tensor? shortcut, int num_groups, bool normalise_shortcut, bool max_pool, str backend) "
     "-> (Tensor y, Tensor stats, Tensor index)",
 )
 torch.library.define(
-    "bmsn::norm_add_relu_backward",
-    "(Tensor grad, Tensor y, Tensor x, Tensor? shortcut, Tensor stats, Tensor? index) -> (Tensor dx, Tensor dshortcut)",
+    "bmsn::norm_relu_backward",
+    "(Tensor grad, Tensor? y, Tensor x, Tensor? shortcut, Tensor stats, Tensor? index, bool adds, str backend) "
+    "-> (Tensor dx, Tensor dshortcut)",
 )
 
 
@@ -60,7 +56,7 @@ def norm_relu(x: Tensor, num_groups: int = 1, *, max_pool: bool = False, backend
         num_groups: G statistics groups of N consecutive images each.
         max_pool: 2x2 windows with stride 2 of the result, rounded to its dtype; of equal values the first gets the
             gradient.
-        backend: auto, reference or cpp.
+        backend: auto, reference, cpp or triton.
     Returns:
         Shape (half the height and width if pooled), layout and dtype of `x`; computed in float32 (float64 for float64);
         NaN propagates to its channel.
@@ -69,11 +65,10 @@ def norm_relu(x: Tensor, num_groups: int = 1, *, max_pool: bool = False, backend
             have fewer than 2 values a channel, odd height or width with `max_pool`.
     """
     _check(x, num_groups, max_pool)
-    if _resolve(x, backend) == "reference":
+    chosen = _resolve(x, backend)
+    if chosen == "reference":
         return norm_relu_reference(x, num_groups, max_pool=max_pool)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _NormRelu.apply(x, num_groups, max_pool)
-    return torch.ops.bmsn.norm_relu(x, num_groups, max_pool)[0]
+    return _run(x, None, num_groups, False, max_pool, chosen)
 
 
 def norm_add_relu(
@@ -92,7 +87,7 @@ def norm_add_relu(
         num_groups: G statistics groups of N consecutive images each.
         normalise_shortcut: whether the shortcut is a convolution's output, which is normalised by its own statistics.
         max_pool: as in `norm_relu`.
-        backend: auto, reference or cpp.
+        backend: auto, reference, cpp or triton.
     Returns:
         As `norm_relu`.
     Raises:
@@ -100,13 +95,12 @@ def norm_add_relu(
     """
     _check(x, num_groups, max_pool)
     check_same_kind("shortcut", shortcut, x, tuple(x.shape))
-    if _resolve(x, backend) == "reference":
+    chosen = _resolve(x, backend)
+    if chosen == "reference":
         return norm_add_relu_reference(
             x, shortcut, num_groups, normalise_shortcut=normalise_shortcut, max_pool=max_pool
         )
-    if torch.is_grad_enabled() and (x.requires_grad or shortcut.requires_grad):
-        return _NormAddRelu.apply(x, shortcut, num_groups, normalise_shortcut, max_pool)
-    return torch.ops.bmsn.norm_add_relu(x, shortcut, num_groups, normalise_shortcut, max_pool)[0]
+    return _run(x, shortcut, num_groups, normalise_shortcut, max_pool, chosen)
 
 
 def norm_relu_reference(x: Tensor, num_groups: int = 1, *, max_pool: bool = False) -> Tensor:
@@ -143,36 +137,47 @@ def _resolve(x: Tensor, backend: str) -> str:
     return resolve("norm_relu", backend, available, x.device)
 
 
+def _run(
+    x: Tensor, shortcut: Tensor | None, num_groups: int, normalise_shortcut: bool, max_pool: bool, backend: str
+) -> Tensor:
+    arguments = (x, shortcut, num_groups, normalise_shortcut, max_pool, backend)
+    if torch.is_grad_enabled() and (x.requires_grad or (shortcut is not None and shortcut.requires_grad)):
+        return _NormRelu.apply(*arguments)
+    return torch.ops.bmsn.norm_relu(*arguments)[0]
+
+
 class _NormRelu(torch.autograd.Function):
-    """Keeps x and its statistics: norm(x), and with it the mask of ReLU, costs less to compute again than to read."""
+    """Keeps x, the statistics, and a normalised shortcut: norm(x) costs less to compute again than to read.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, num_groups: int, max_pool: bool) -> Tensor:
-        y, stats, index = torch.ops.bmsn.norm_relu(x, num_groups, max_pool)
-        ctx.save_for_backward(y if max_pool else None, x, stats, index if max_pool else None)
-        return y
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return torch.ops.bmsn.norm_relu_backward(_dense(grad), *ctx.saved_tensors), None, None
-
-
-class _NormAddRelu(torch.autograd.Function):
-    """Keeps x, y, the statistics, and a normalised shortcut; y, the next layer's input, is alive anyway."""
+    ReLU's mask is that of norm(x), or of y, which is the next layer's input and so alive anyway.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool, max_pool: bool
+        ctx: Any,
+        x: Tensor,
+        shortcut: Tensor | None,
+        num_groups: int,
+        normalise_shortcut: bool,
+        max_pool: bool,
+        backend: str,
     ) -> Tensor:
-        y, stats, index = torch.ops.bmsn.norm_add_relu(x, shortcut, num_groups, normalise_shortcut, max_pool)
-        ctx.save_for_backward(y, x, shortcut if normalise_shortcut else None, stats, index if max_pool else None)
+        y, stats, index = torch.ops.bmsn.norm_relu(x, shortcut, num_groups, normalise_shortcut, max_pool, backend)
+        ctx.save_for_backward(
+            None if shortcut is None and not max_pool else y,
+            x,
+            shortcut if normalise_shortcut else None,
+            stats,
+            index if max_pool else None,
+        )
+        ctx.adds, ctx.backend = shortcut is not None, backend
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *torch.ops.bmsn.norm_add_relu_backward(_dense(grad), *ctx.saved_tensors), None, None, None
+        dx, dshortcut = torch.ops.bmsn.norm_relu_backward(_dense(grad), *ctx.saved_tensors, ctx.adds, ctx.backend)
+        return dx, dshortcut if ctx.adds else None, None, None, None, None
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -185,7 +190,7 @@ def _empty_like(x: Tensor) -> Tensor:
 
 
 def _outputs(
-    x: Tensor, num_groups: int, max_pool: bool, normalise_shortcut: bool = False
+    x: Tensor, num_groups: int, max_pool: bool, normalise_shortcut: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Empty y, stats (branches, 2, G, C) float32: mean and rstd of x, then of a normalised shortcut; and index."""
     images, channels, height, width = x.shape
@@ -199,84 +204,80 @@ def _outputs(
     return y, stats, index
 
 
+def _gradients(x: Tensor, adds: bool) -> tuple[Tensor, Tensor]:
+    return _empty_like(x), _empty_like(x) if adds else x.new_empty(0)
+
+
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-@torch.library.impl("bmsn::norm_relu", "CPU")
-def _norm_relu_cpu(x: Tensor, num_groups: int, max_pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    y, stats, index = _outputs(x, num_groups, max_pool)
-    cpp = loaded_extension()
-    cpp.norm_relu(
-        *(group_shape(x, num_groups), x.dtype == torch.bfloat16, cpp.Shortcut.none),
-        *(x.data_ptr(), 0, y.data_ptr(), stats.data_ptr(), _address(index), x.shape[3]),
-        *(EPS, torch.get_num_threads()),
-    )
-    return y, stats, index
-
-
-@torch.library.impl("bmsn::norm_relu_backward", "CPU")
-def _norm_relu_backward_cpu(grad: Tensor, y: Tensor | None, x: Tensor, stats: Tensor, index: Tensor | None) -> Tensor:
-    dx = _empty_like(x)
-    cpp = loaded_extension()
-    cpp.norm_relu_backward(
-        *(group_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, cpp.Shortcut.none),
-        *(grad.data_ptr(), _address(y), x.data_ptr(), 0, stats.data_ptr(), dx.data_ptr(), 0),
-        *(_address(index), x.shape[3], torch.get_num_threads()),
-    )
-    return dx
-
-
-@torch.library.impl("bmsn::norm_add_relu", "CPU")
-def _norm_add_relu_cpu(
-    x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool, max_pool: bool
+@torch.library.impl("bmsn::norm_relu", "CompositeExplicitAutograd")
+def _norm_relu_impl(
+    x: Tensor, shortcut: Tensor | None, num_groups: int, normalise_shortcut: bool, max_pool: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, stats, index = _outputs(x, num_groups, max_pool, normalise_shortcut)
+    if backend == "triton":
+        from bmsn.kernels.norm_relu import launch_norm_relu
+
+        launch_norm_relu(x, shortcut, y, stats, index if max_pool else None)
+        return y, stats, index
     cpp = loaded_extension()
-    kind = cpp.Shortcut.normalised if normalise_shortcut else cpp.Shortcut.plain
     cpp.norm_relu(
-        *(group_shape(x, num_groups), x.dtype == torch.bfloat16, kind),
-        *(x.data_ptr(), shortcut.data_ptr(), y.data_ptr(), stats.data_ptr(), _address(index), x.shape[3]),
+        *(group_shape(x, num_groups), x.dtype == torch.bfloat16, _kind(shortcut is not None, normalise_shortcut)),
+        *(x.data_ptr(), _address(shortcut), y.data_ptr(), stats.data_ptr(), _address(index), x.shape[3]),
         *(EPS, torch.get_num_threads()),
     )
     return y, stats, index
 
 
-@torch.library.impl("bmsn::norm_add_relu_backward", "CPU")
-def _norm_add_relu_backward_cpu(
-    grad: Tensor, y: Tensor, x: Tensor, shortcut: Tensor | None, stats: Tensor, index: Tensor | None
+@torch.library.impl("bmsn::norm_relu_backward", "CompositeExplicitAutograd")
+def _norm_relu_backward_impl(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    shortcut: Tensor | None,
+    stats: Tensor,
+    index: Tensor | None,
+    adds: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    dx, dshortcut = _empty_like(x), _empty_like(x)
-    cpp = loaded_extension()
-    kind = cpp.Shortcut.plain if shortcut is None else cpp.Shortcut.normalised
-    cpp.norm_relu_backward(
-        *(group_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, kind),
-        *(grad.data_ptr(), y.data_ptr(), x.data_ptr(), _address(shortcut)),
-        *(stats.data_ptr(), dx.data_ptr(), dshortcut.data_ptr()),
+    dx, dshortcut = _gradients(x, adds)
+    if backend == "triton":
+        from bmsn.kernels.norm_relu import launch_norm_relu_backward
+
+        launch_norm_relu_backward(grad, y, x, shortcut, stats, index, dx, dshortcut if adds else None)
+        return dx, dshortcut
+    loaded_extension().norm_relu_backward(
+        *(group_shape(x, stats.shape[2]), x.dtype == torch.bfloat16, _kind(adds, shortcut is not None)),
+        *(grad.data_ptr(), _address(y), x.data_ptr(), _address(shortcut)),
+        *(stats.data_ptr(), dx.data_ptr(), _address(dshortcut)),
         *(_address(index), x.shape[3], torch.get_num_threads()),
     )
     return dx, dshortcut
 
 
+def _kind(adds: bool, normalises: bool) -> Any:
+    kinds = loaded_extension().Shortcut
+    return kinds.none if not adds else kinds.normalised if normalises else kinds.plain
+
+
 @torch.library.register_fake("bmsn::norm_relu")
-def _norm_relu_fake(x: Tensor, num_groups: int, max_pool: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(x, num_groups, max_pool)
-
-
-@torch.library.register_fake("bmsn::norm_relu_backward")
-def _norm_relu_backward_fake(grad: Tensor, y: Tensor | None, x: Tensor, stats: Tensor, index: Tensor | None) -> Tensor:
-    return _empty_like(x)
-
-
-@torch.library.register_fake("bmsn::norm_add_relu")
-def _norm_add_relu_fake(
-    x: Tensor, shortcut: Tensor, num_groups: int, normalise_shortcut: bool, max_pool: bool
+def _norm_relu_fake(
+    x: Tensor, shortcut: Tensor | None, num_groups: int, normalise_shortcut: bool, max_pool: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _outputs(x, num_groups, max_pool, normalise_shortcut)
 
 
-@torch.library.register_fake("bmsn::norm_add_relu_backward")
-def _norm_add_relu_backward_fake(
-    grad: Tensor, y: Tensor, x: Tensor, shortcut: Tensor | None, stats: Tensor, index: Tensor | None
+@torch.library.register_fake("bmsn::norm_relu_backward")
+def _norm_relu_backward_fake(
+    grad: Tensor,
+    y: Tensor | None,
+    x: Tensor,
+    shortcut: Tensor | None,
+    stats: Tensor,
+    index: Tensor | None,
+    adds: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_like(x), _empty_like(x)
+    return _gradients(x, adds)

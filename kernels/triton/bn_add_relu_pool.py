@@ -1,4 +1,5 @@
-"""BatchNorm, shortcut, ReLU and 2x2 pooling in one read of the inputs, for `bmsn.ops.bn_add_relu_pool`.
+"""BatchNorm, shortcut, ReLU and 2x2 pooling in one read of the inputs, for `bmsn.ops.bn_add_relu_pool`
+and, with an index for the backward pass, for `bmsn.ops.norm_relu`.
 
 A program takes BLOCK_P windows of one group and BLOCK_C channels. A window is a pixel, or the four pixels of a 2x2
 window where the map is pooled; either way each input element is read once and each output element written once.
@@ -22,6 +23,7 @@ def _bn_add_relu_pool_kernel(
     shortcut_stats_ptr,  # (2, G, C), or None: the shortcut as it is
     full_ptr,  # like y, or None
     pooled_ptr,  # (G, images, height / 2, width / 2, C), or None, and then WINDOW is 1
+    index_ptr,  # like pooled in uint8: which of each four the maximum is, the first of equal ones; or None
     num_groups,
     images,
     height,
@@ -54,6 +56,7 @@ def _bn_add_relu_pool_kernel(
     row, column = window // columns, window % columns  # row: of all images of the group
     corner = ((group * images * height + row * WINDOW) * width + column * WINDOW)[:, None] * C + channel[None, :]
     pool = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
+    index = tl.zeros((BLOCK_P, BLOCK_C), tl.int32)
     for pixel in tl.static_range(WINDOW * WINDOW):
         offset = corner + (pixel // WINDOW * width + pixel % WINDOW) * C
         z = (tl.load(y_ptr + offset, mask=mask, other=0.0).to(tl.float32) - mean[None, :]) * rstd[None, :]
@@ -65,6 +68,8 @@ def _bn_add_relu_pool_kernel(
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty)
         if full_ptr is not None:
             tl.store(full_ptr + offset, z, mask=mask)
+        if index_ptr is not None:
+            index = tl.where(z.to(tl.float32) > pool, pixel, index)
         if MAX:  # from 0, which no value after ReLU is below
             pool = tl.maximum(pool, z.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
         else:
@@ -74,6 +79,8 @@ def _bn_add_relu_pool_kernel(
             pool *= 0.25
         place = (group * windows + window)[:, None] * C + channel[None, :]
         tl.store(pooled_ptr + place, pool.to(pooled_ptr.dtype.element_ty), mask=mask)
+        if index_ptr is not None:
+            tl.store(index_ptr + place, index.to(tl.uint8), mask=mask)
 
 
 def launch_bn_add_relu_pool(
@@ -84,6 +91,7 @@ def launch_bn_add_relu_pool(
     full: torch.Tensor | None,
     pooled: torch.Tensor | None,
     pool: str,
+    index: torch.Tensor | None = None,
 ) -> None:
     num_groups, channels = stats.shape[1:]
     images, height, width = len(y) // num_groups, *y.shape[2:]
@@ -99,6 +107,7 @@ def launch_bn_add_relu_pool(
             shortcut_stats,
             full,
             pooled,
+            index,
             num_groups,
             images,
             height,

@@ -1,0 +1,147 @@
+"""conv2d: its C++ weight gradient against float64, bounds, threads, and where it is not taken."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bmsn.backend import extension
+from bmsn.ops import conv2d as module
+from bmsn.ops.conv2d import conv2d, has_cpp_gradient
+from oracles import assert_no_worse
+from stacked import channels_last, random_map
+
+cpp = extension()
+needs_instructions = pytest.mark.skipif(
+    cpp is None or not cpp.has_conv_weight_gradient(), reason="bmsn._C was not built, or no AVX512-BF16"
+)
+# images, in, out, H, W: one image of one pair of pixels; one row; more images than parts, uneven; all blocks; ResNet-20's
+SHAPES = [(1, 16, 16, 1, 2), (3, 16, 32, 1, 6), (37, 16, 16, 5, 4), (5, 48, 64, 7, 10), (16, 32, 32, 16, 16)]
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where oneDNN has AMX ours is not taken, but tested."""
+    monkeypatch.setattr(module, "_supported", lambda: cpp is not None and cpp.has_conv_weight_gradient())
+
+
+def make_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    images, i, o, height, width = shape
+    x = random_map(images, i, height, width, seed=1, dtype=torch.bfloat16)
+    weight = random_map(o, i, 3, 3, seed=2, dtype=torch.bfloat16)
+    return x, weight, random_map(images, o, height, width, seed=3, dtype=torch.bfloat16)
+
+
+def gradients(run: object, x: Tensor, weight: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    y = run(x, weight)  # type: ignore[operator]
+    y.backward(grad)
+    return y.detach(), x.grad, weight.grad
+
+
+def torchs(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x, weight, padding=1)
+
+
+@needs_instructions
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_eager(shape: tuple[int, ...]) -> None:
+    inputs = make_inputs(shape)
+    assert has_cpp_gradient(*inputs[:2])
+    oracle = gradients(torchs, *(t.double() for t in inputs))
+    eager = gradients(torchs, *inputs)
+    found = gradients(lambda x, w: conv2d(x, w, backend="cpp"), *inputs)
+    assert torch.equal(found[0], eager[0])
+    assert torch.equal(found[1], eager[1])
+    assert found[2].is_contiguous(memory_format=torch.channels_last)
+    assert_no_worse(found[2], eager=eager[2], oracle=oracle[2])
+
+
+@needs_instructions
+def test_every_tap_and_channel_is_where_it_belongs() -> None:
+    """Small integers: exact in bfloat16 and in any order."""
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randint(-1, 2, (4, c, 6, 8), generator=generator).double() for c in (32, 16))
+    weight = torch.zeros(16, 32, 3, 3, dtype=torch.float64)
+    wanted = gradients(torchs, x, weight, grad)[2]
+    assert wanted.abs().max() < 256
+    found = gradients(conv2d, *(channels_last(t.bfloat16()) for t in (x, weight, grad)))[2]
+    assert torch.equal(found.double(), wanted)
+
+
+@needs_instructions
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...]) -> None:
+    """Every buffer lies between guards of NaN: read, one spoils a result; written, it is NaN no longer."""
+    x, weight, grad = make_inputs(shape)
+    images, i, o, height, width = shape
+
+    def guarded(tensor: Tensor) -> Tensor:
+        ends = torch.full((64,), torch.nan, dtype=torch.bfloat16)
+        return torch.cat([ends, tensor.permute(0, 2, 3, 1).flatten(), ends])
+
+    buffers = [guarded(t) for t in (x, grad, torch.full_like(weight, torch.nan))]
+    cpp.conv_weight_gradient((images, height, width, i, o), *(b[64:].data_ptr() for b in buffers), 2)
+    assert buffers[2][:64].isnan().all()
+    assert buffers[2][-64:].isnan().all()
+    wanted = gradients(conv2d, x, weight, grad)[2]
+    assert torch.equal(buffers[2][64:-64].view(o, 3, 3, i).permute(0, 3, 1, 2), wanted)
+
+
+@needs_instructions
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    inputs, num_threads, results = make_inputs((37, 32, 16, 5, 4)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(torch.ops.bmsn.conv_weight_gradient(inputs[0], inputs[2]))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert torch.equal(*results)
+
+
+@needs_instructions
+def test_nan_spoils_what_it_touches() -> None:
+    x, weight, grad = make_inputs((2, 16, 16, 4, 4))
+    grad[1, 5, 2, 2] = torch.nan
+    found = gradients(conv2d, x, weight, grad)[2]
+    assert found[5].isnan().all()
+    assert found.isnan().sum() == found[5].numel()
+
+
+@needs_instructions
+def test_an_image_needs_no_gradient() -> None:
+    x, weight, grad = make_inputs(SHAPES[0])
+    weight.requires_grad_()
+    conv2d(x, weight).backward(grad)
+    assert x.grad is None
+    assert weight.grad is not None
+
+
+@needs_instructions
+def test_what_it_is_not_for() -> None:
+    x, weight, _ = make_inputs((2, 16, 16, 4, 4))
+    assert has_cpp_gradient(x, weight)
+    assert not has_cpp_gradient(x.float(), weight.float())
+    assert not has_cpp_gradient(x.contiguous(), weight)
+    assert not has_cpp_gradient(channels_last(x[..., :3]), weight)
+    assert not has_cpp_gradient(x, channels_last(weight[..., :1, :1]))
+    assert not has_cpp_gradient(x, channels_last(weight[:8]))
+    assert not has_cpp_gradient(x, weight.repeat(8, 1, 1, 1))
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (1, 2), (3, 2), (7, 2)])
+def test_other_convolutions_are_torchs(kernel: int, stride: int, backend: str) -> None:
+    x = random_map(2, 16, 8, 8, seed=1)
+    weight = random_map(16, 16, kernel, kernel, seed=2).requires_grad_()
+    wanted = F.conv2d(x, weight, stride=stride, padding=kernel // 2)
+    assert torch.equal(conv2d(x, weight, stride=stride, backend=backend), wanted)
+
+
+@needs_instructions
+def test_opcheck() -> None:
+    x, _, grad = make_inputs(SHAPES[0])
+    torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, grad))
