@@ -28,11 +28,15 @@ class CudaGraphs:
             torch.cuda.synchronize(self._device)
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 step()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            # Ending a capture that ran out of memory raises an error of its own, in the context of the first.
+            first = error if isinstance(error, torch.OutOfMemoryError) else error.__context__
+            if not isinstance(first, torch.OutOfMemoryError):
+                raise
             free, total = torch.cuda.mem_get_info(self._device)
-            reserved = torch.cuda.memory_reserved(self._device)
+            held = torch.cuda.memory_reserved(self._device)
             raise GraphMemoryError(
-                f"more than {(reserved + free) / 2**30:.2f} GiB were needed, the GPU has {total / 2**30:.2f} GiB; "
-                f"{str(error).splitlines()[0]}"
+                f"more than {(held + free) / 2**30:.2f} GiB were needed, the GPU has {total / 2**30:.2f} GiB "
+                f"({str(first).splitlines()[0]})"
             ) from error
         return graph

@@ -107,7 +107,10 @@ class SearchState:
 
     def scratch(self) -> SearchState:
         """A state of its own to warm up on: a few rows of weights, and the same draws and batches, which are read."""
-        nets = SupernetMixture(self.nets.space, SCRATCH_ROWS, self.nets.num_classes, self.nets.in_channels)
+        own = torch.Generator()  # torch's random state belongs to the caller
+        nets = SupernetMixture(
+            self.nets.space, SCRATCH_ROWS, self.nets.num_classes, self.nets.in_channels, generator=own
+        )  # fmt: skip
         with torch.no_grad():
             nets.to(self.nets.arena).arena.copy_(self.nets.arena[:1].expand(SCRATCH_ROWS, -1))
         written = ("scores", "potentials", "visits", "last_visit", "outcome", "supernet")
@@ -267,6 +270,8 @@ class Engine:
             self._graphs[index] = self._backend.capture(warm_up, lambda: search_step(self.state, architecture))
         except GraphMemoryError as error:
             _log.warning("no memory for CUDA graphs, going on eagerly: %s", error)
+            self.state.step.item()  # waits: no graph may go while it runs
+            self._graphs.clear()
             self._backend = self._scratch = None
 
     def _look(self, start: int, stop: int) -> Steps:
