@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bmsn.backend import resolve
 from bmsn.data import BatchStream
 from bmsn.errors import InputError, RunStopped
 from bmsn.network import SupernetMixture
@@ -301,12 +302,22 @@ def _out_of_memory_said(step: int, device: torch.device) -> Iterator[None]:
 
 
 def choose_engine(engine: str, device: torch.device) -> str:
-    """ "eager" or "graphs" for `--engine`; "auto" is graphs on CUDA. Raises InputError for graphs without CUDA."""
-    if engine == "graphs" and device.type != "cuda":
-        raise InputError(f"engine graphs needs a CUDA GPU, the device is {device}; accepted here: eager, auto")
-    if engine == "auto":
-        return "graphs" if device.type == "cuda" else "eager"
-    return engine
+    """ "eager" or "graphs" for `--engine`; "auto" is graphs where they can run.
+
+    Raises:
+        InputError: graphs are asked for without CUDA, or without Triton, whose kernels keep the host out of a step.
+    """
+    if device.type != "cuda":
+        missing = f"needs a CUDA GPU, the device is {device}"
+    elif resolve("mixture_step", device=device) != "triton":
+        missing = "needs Triton's kernels, which do not run here (bmsn.backend_report() says why)"
+    else:
+        return "graphs" if engine == "auto" else engine
+    if engine == "graphs":
+        raise InputError(f"engine graphs {missing}; accepted here: eager, auto")
+    if engine == "auto" and device.type == "cuda":
+        _log.warning("steps run eagerly, and slower than as CUDA graphs: engine graphs %s", missing)
+    return "eager"
 
 
 def graph_backend(engine: str, device: torch.device) -> GraphBackend | None:

@@ -215,12 +215,20 @@ def test_a_step_asks_for_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
         assert augment_reference(*arguments)[0].shape == (BATCH, 3, 8, 8)
 
 
-def test_the_choice_of_an_engine() -> None:
+def test_the_choice_of_an_engine(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert choose_engine("auto", cpu) == choose_engine("eager", cpu) == choose_engine("eager", cuda) == "eager"
-    assert choose_engine("auto", cuda) == choose_engine("graphs", cuda) == "graphs"
+    assert choose_engine("auto", cpu) == choose_engine("eager", cpu) == "eager"
     with pytest.raises(InputError, match="engine graphs needs a CUDA GPU, the device is cpu"):
         choose_engine("graphs", cpu)
+    monkeypatch.setattr(engine, "resolve", lambda op, device: "triton")
+    assert choose_engine("auto", cuda) == choose_engine("graphs", cuda) == "graphs"
+    assert choose_engine("eager", cuda) == "eager"
+    assert not caplog.records
+    monkeypatch.setattr(engine, "resolve", lambda op, device: "reference")
+    with pytest.raises(InputError, match="engine graphs needs Triton's kernels"):
+        choose_engine("graphs", cuda)
+    assert choose_engine("auto", cuda) == "eager"
+    assert "engine graphs needs Triton's kernels" in caplog.text
 
 
 # In a search. ---------------------------------------------------------------------------------------------------------

@@ -196,22 +196,31 @@ def _mixture_step_impl(
             uniforms, correct, trained, num_images, ema_decay, tol, balance_every, max_iterations,
         )  # fmt: skip
         return
+    written = (scores, potentials, visits, last_visit, outcome, supernet)
+    if scores.is_cuda:  # the reference on a GPU: through the host, which waits
+        host = tuple(tensor.cpu() for tensor in written)
+        read = (step, architectures, inverse_temperatures, uniforms, correct, trained)
+        settings = num_images, ema_decay, tol, balance_every, max_iterations
+        torch.ops.bmsn.mixture_step(*host, *(tensor.cpu() for tensor in read), *settings, backend)
+        for tensor, changed in zip(written, host, strict=True):
+            tensor.copy_(changed)
+        return
     if outcome[0] != SOLVED:
         return
-    arrays = (tensor.numpy() for tensor in (scores, potentials, visits, last_visit))
-    host = host_step(backend, ema_decay, tol, balance_every, max_iterations, *arrays)
-    now = host.steps = int(step)
+    arrays = (tensor.numpy() for tensor in written[:4])
+    mixture = host_step(backend, ema_decay, tol, balance_every, max_iterations, *arrays)
+    now = mixture.steps = int(step)
     inverse, following, uniform = (
         tensor[now + 1].item() for tensor in (inverse_temperatures, architectures, uniforms)
     )  # fmt: skip
     if trained:
-        drawn = host.observe_and_draw(
+        drawn = mixture.observe_and_draw(
             int(architectures[now]), int(supernet), int(correct) / num_images, inverse, following, uniform
         )
     else:
-        drawn = host.skip_and_draw(inverse, following, uniform)
+        drawn = mixture.skip_and_draw(inverse, following, uniform)
     if (now + 1) % balance_every == 0:
-        outcome.copy_(torch.tensor([*host.last, now], dtype=torch.float64))
+        outcome.copy_(torch.tensor([*mixture.last, now], dtype=torch.float64))
     if drawn >= 0:
         supernet.fill_(drawn)
 
