@@ -25,6 +25,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bmsn.backend import extension, resolve
 from bmsn.mixture import BalancedMixture
 from bmsn.ops.balance import balance
+from bmsn.ops.mixture_step import MixtureTensors, failure, mixture_step
 
 Table = NDArray[np.float64]
 
@@ -157,3 +158,32 @@ def test_against_pot(benchmark: BenchmarkFixture, tol: float, start: str) -> Non
     benchmark.extra_info["times_as_fast_as_pot"] = times["pot"] / times["auto"]
     benchmark.extra_info["to_reach"] = 60.0 if start == "cold" else 10.0
     benchmark.extra_info.update(iterations=result.iterations, torch=torch.__version__)
+
+
+@pytest.mark.skipif(not torch.cuda.device_count(), reason="no GPU")
+@pytest.mark.parametrize(("rows", "cols"), [(36, 4), (560, 8), (1024, 16)], ids=str)
+@pytest.mark.benchmark(group="EMA, balance and draw on the GPU, 1/tau 100 (100 steps a round)")
+def test_step_on_the_gpu(benchmark: BenchmarkFixture, rows: int, cols: int) -> None:
+    num_steps, random = 100, np.random.default_rng(0)
+    drawn = random.integers(0, rows, num_steps + 1), np.full(num_steps + 1, 100.0), random.random(num_steps + 1)
+    sides = {device: MixtureTensors.create(rows, cols, *drawn, device) for device in ("cpu", "cuda")}
+    settings = {"num_images": 256, "ema_decay": 0.9, "tol": 1e-12, "balance_every": 1}
+
+    def search(device: str) -> None:
+        state = sides[device]
+        state.scores.copy_(torch.from_numpy(accuracies(rows, cols).T))
+        state.potentials.zero_()
+        correct, trained = torch.tensor(150, device=device), torch.tensor(True, device=device)
+        step = torch.zeros((), dtype=torch.int64, device=device)
+        for _ in range(num_steps):
+            mixture_step(state, step, correct, trained, **settings)
+            step += 1
+        torch.cuda.synchronize()
+
+    for device in sides:
+        search(device)
+        assert failure(sides[device].outcome.cpu(), 1e-12) is None
+    torch.testing.assert_close(sides["cuda"].scores.cpu(), sides["cpu"].scores, rtol=0, atol=1e-12)
+    benchmark.pedantic(search, args=("cuda",), rounds=15, warmup_rounds=1)
+    benchmark.extra_info["us_per_step"] = benchmark.stats.stats.median / num_steps * 1e6
+    benchmark.extra_info["gpu"] = torch.cuda.get_device_name()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from bmsn.backend import extension
 from bmsn.data import BatchStream, normalisation, normalisation_table
-from bmsn.data.batches import PADDING, transform_cpp, transform_reference
+from bmsn.ops.batches import PADDING, augment, draws
 
 BATCH, SIZE, NUM_IMAGES = 128, 32, 10_000
 TARGET = 20
@@ -109,18 +109,20 @@ def environment() -> dict[str, object]:
 
 
 needs_cpp = pytest.mark.skipif(extension() is None, reason="bmsn._C is not built")
+ON_GPU = bool(torch.cuda.device_count())
 
 
 @pytest.fixture(scope="module", autouse=True)
 def gate() -> None:
     """Nothing is timed unless all sides make the same batch from the same draws."""
-    random = np.random.default_rng(1)
-    indices, flips = random.integers(0, NUM_IMAGES, BATCH), random.integers(0, 2, BATCH)
-    offsets = random.integers(0, 2 * PADDING + 1, (BATCH, 2))
-    draws = zip(indices, offsets, flips, strict=True)
-    pillow = torch.from_numpy(np.stack([transform_by_pillow(IMAGES[i], *o, bool(f)) for i, o, f in draws]))
-    for transform in (transform_reference, transform_cpp) if extension() else (transform_reference,):
-        ours = transform(IMAGES, indices, offsets, flips, TABLE, torch.float32)
+    order, step, key = torch.randperm(NUM_IMAGES)[:BATCH], torch.tensor(7), 5
+    drawn = zip(order.tolist(), *(draw.tolist() for draw in draws(key, step, BATCH)), strict=True)
+    pillow = torch.from_numpy(np.stack([transform_by_pillow(IMAGES[i], *draw) for i, *draw in drawn]))
+    for backend in ["reference"] + ["cpp"] * (extension() is not None) + ["triton"] * ON_GPU:
+        sides = torch.from_numpy(IMAGES), None, order, TABLE, step
+        device = "cuda" if backend == "triton" else "cpu"
+        moved = [None if side is None else side.to(device) for side in sides]
+        ours = augment(*moved, key=key, batch_size=BATCH, crop=True, backend=backend)[0].cpu()
         inside = ours != 0  # ours pads with the mean itself
         torch.testing.assert_close(ours[inside], pillow[inside], rtol=0, atol=1e-6)
         assert 0 < (~inside).sum() < 0.3 * inside.numel()
@@ -163,3 +165,28 @@ def test_ratio_to_the_better_loader(benchmark) -> None:
     benchmark.extra_info |= {"ratio": round(quartiles[1], 1), "ratio_quartiles": [round(q, 1) for q in quartiles]}
     assert median_us["cpp_us"] <= median_us["reference_us"], "auto takes cpp, which is slower than the reference"
     assert quartiles[1] >= TARGET, f"ratio {quartiles[1]:.1f} (quartiles {quartiles}); {median_us}"
+
+
+@pytest.mark.skipif(not ON_GPU, reason="no GPU")
+@pytest.mark.benchmark(group=f"augmented batch on the GPU, {SIZE} x {SIZE} x 3, bfloat16 (100 batches a round)")
+@pytest.mark.parametrize("batch_size", [128, 256, 1024])
+def test_on_the_gpu(benchmark, batch_size: int) -> None:
+    stream = BatchStream(
+        IMAGES, LABELS, np.arange(NUM_IMAGES), TABLE,
+        batch_size=batch_size, dtype=torch.bfloat16, seed=0, purpose="train", augment=True, device="cuda",
+    )  # fmt: skip
+    stream.prepare(0)
+    step = torch.zeros((), dtype=torch.int64, device="cuda")
+
+    def batches() -> None:
+        for _ in range(100):
+            stream.at(step)
+        torch.cuda.synchronize()
+
+    benchmark.pedantic(batches, rounds=20, warmup_rounds=3)
+    num_bytes = batch_size * SIZE * SIZE * 3 * (1 + 2)
+    benchmark.extra_info |= environment() | {
+        "gpu": torch.cuda.get_device_name(),
+        "bytes_per_batch": num_bytes,
+        "gigabytes_per_second": num_bytes * 100 / benchmark.stats.stats.median / 1e9,
+    }

@@ -28,7 +28,8 @@ BACKENDS = ("auto", "reference", "cpp", "triton")
 # What each op has, best first: `auto` takes the first that can run. A new op is one line here.
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
-    "augment": ("cpp", "reference"),
+    "mixture_step": ("cpp", "triton", "reference"),
+    "augment": ("cpp", "triton", "reference"),
     "conv2d": ("cpp", "reference"),
     "norm_relu": ("cpp", "triton", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),

@@ -67,6 +67,7 @@ class SearchConfig:
         device: where to compute; auto: CUDA where there is a GPU.
         max_macs: propose and rank no architecture of more multiply-accumulates for one image: 1.0x, relative to the
             default architecture, or 40M.
+        engine: how steps run: one by one (eager), or each as one CUDA graph (graphs); auto: graphs on CUDA.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
@@ -104,6 +105,7 @@ class SearchConfig:
     pool: PoolKind | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_macs: str | None = None
+    engine: Literal["auto", "eager", "graphs"] = "auto"
     seed: int = 0
     fast_eval: bool = False
     norm: Literal["batch", "calibrated"] = "batch"

@@ -19,6 +19,8 @@ from bmsn.config import SearchConfig
 from bmsn.correlation import agreement, load_truth
 from bmsn.cost import pareto_front, within_macs
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, split_halves
+from bmsn.data.batches import as_tensor
+from bmsn.engine_mixture import image_device
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores
 from bmsn.methods.base import Cost
@@ -78,11 +80,12 @@ class SearchLoop:
 
         train, self.validation = split_halves(data.train_labels, config.seed)
         table = normalisation_table(*normalisation(data.train_images, train))
+        images = as_tensor(data.train_images, image_device(data.train_images.nbytes, self.device))
         self.train_stream, validation_stream = (
             BatchStream(
-                data.train_images, data.train_labels, indices, table,
+                images, data.train_labels, indices, table,
                 batch_size=config.batch_size, dtype=self.dtype, seed=config.seed, purpose=purpose,
-                augment=purpose == "train",
+                augment=purpose == "train", device=images.device,
             )
             for purpose, indices in (("train", train), ("validation", self.validation))
         )  # fmt: skip
@@ -111,17 +114,24 @@ class SearchLoop:
     # One step. --------------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
-        """One step of the method, and its metrics."""
+        """One step of the method or more, and their metrics."""
         start = time.perf_counter()
-        outcome = self.method.step(self.step)
-        if math.isfinite(outcome.loss):
-            self.nan_in_a_row = 0
-            self._recent.append((outcome.loss, outcome.accuracy))
-        else:
-            self._skipped(outcome.trained)
-        self.step += 1
+        for outcome in self.method.steps(self.step, self._next_look()):
+            if math.isfinite(outcome.loss):
+                self.nan_in_a_row = 0
+                self._recent.append((outcome.loss, outcome.accuracy))
+            else:
+                self._skipped(outcome.trained)
+            self.step += 1
         self.train_seconds += time.perf_counter() - start
         self._record()
+
+    def _next_look(self) -> int:
+        """The step after which something is written, saved, scored or refreshed."""
+        config = self.config
+        periods = self._every, config.checkpoint_every, config.score_every * self.steps_per_epoch, config.refresh_every
+        due = {self.step - self.step % period + period for period in periods if period}
+        return min(due | {step for step in self._snapshots if step > self.step} | {self.num_steps})
 
     def _skipped(self, trained: str) -> None:
         self.nan_steps += 1

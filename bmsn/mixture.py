@@ -15,13 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bmsn.backend import extension, resolve
 from bmsn.errors import InputError
-from bmsn.ops.balance import MAX_ITERATIONS, SOLVED, Outcome, balance_reference, check_tol, softmax_rows, solve, solver
+from bmsn.ops.balance import MAX_ITERATIONS, Outcome, check_tol, solve, solver
+from bmsn.ops.mixture_step import BAD_ACCURACY, UNSOLVED, host_step
 
 SCHEDULES = ("inverse", "temperature")
-
-_BAD_ACCURACY, _UNSOLVED, _BAD_ARGUMENT = -1, -2, -3  # what a step returns instead of a supernet; as in csrc/balance.h
 
 
 def inverse_temperature(progress: float, schedule: str, num_supernets: int) -> float:
@@ -97,18 +95,8 @@ class BalancedMixture:
         self._potentials = np.zeros(num_supernets)
         self._visits = np.zeros(shape, dtype=np.int64)
         self._last_visit = np.full(shape, -1, dtype=np.int64)
-        module = extension() if resolve("balance", backend) == "cpp" else None
-        step_type = _ReferenceStep if module is None else module.MixtureStep
-        self._step = step_type(  # works on the arrays above, in place
-            ema_decay,
-            tol,
-            balance_every,
-            MAX_ITERATIONS,
-            self._columns,
-            self._potentials,
-            self._visits,
-            self._last_visit,
-        )
+        arrays = self._columns, self._potentials, self._visits, self._last_visit  # worked on in place
+        self._step = host_step(backend, ema_decay, tol, balance_every, MAX_ITERATIONS, *arrays)
 
     @property
     def num_architectures(self) -> int:
@@ -267,9 +255,9 @@ class BalancedMixture:
         uniform: float,
     ) -> Exception:
         """The exception for a step that returned `code` on these arguments."""
-        if code == _UNSOLVED:
+        if code == UNSOLVED:
             return Outcome(*self._step.last).error(self._settings["tol"])
-        if code == _BAD_ACCURACY:
+        if code == BAD_ACCURACY:
             return InputError(
                 f"accuracy of (architecture {architecture}, supernet {supernet}) is {accuracy}; accepted: finite"
             )
@@ -282,79 +270,6 @@ class BalancedMixture:
             (0 <= uniform < 1, "uniform", "0 to below 1", uniform),
         ]
         return next(_out_of_range(field, bound, value) for holds, field, bound, value in checks if not holds)
-
-
-class _ReferenceStep:
-    """What csrc/balance.h's MixtureStep does, in numpy."""
-
-    def __init__(
-        self,
-        ema_decay: float,
-        tol: float,
-        balance_every: int,
-        max_iterations: int,
-        scores: NDArray[np.float64],
-        potentials: NDArray[np.float64],
-        visits: NDArray[np.int64],
-        last_visit: NDArray[np.int64],
-    ) -> None:
-        self.ema_decay, self.tol, self.balance_every, self.max_iterations = (
-            ema_decay,
-            tol,
-            balance_every,
-            max_iterations,
-        )
-        self.scores, self.potentials, self.visits, self.last_visit = scores.T, potentials, visits, last_visit
-        self.steps = 0
-        self.last: tuple[Any, ...] = ()
-
-    def observe_and_draw(
-        self,
-        architecture: int,
-        supernet: int,
-        accuracy: float,
-        inverse_temperature: float,
-        following: int,
-        uniform: float,
-    ) -> int:
-        rows, cols = self.scores.shape
-        inside = 0 <= architecture < rows and 0 <= supernet < cols
-        if not (inside and self._is_drawable(inverse_temperature, following, uniform)):
-            return _BAD_ARGUMENT
-        if not math.isfinite(accuracy):
-            return _BAD_ACCURACY
-        pair = architecture, supernet
-        self.scores[pair] = self.ema_decay * self.scores[pair] + (1 - self.ema_decay) * accuracy
-        self.visits[pair] += 1
-        self.last_visit[pair] = self.steps
-        return self.skip_and_draw(inverse_temperature, following, uniform)
-
-    def skip_and_draw(self, inverse_temperature: float, following: int, uniform: float) -> int:
-        if not self._is_drawable(inverse_temperature, following, uniform):
-            return _BAD_ARGUMENT
-        self.steps += 1
-        if self.steps % self.balance_every == 0:
-            return self.balance_and_draw(inverse_temperature, following, uniform)
-        return self._draw(inverse_temperature, following, uniform)
-
-    def balance_and_draw(self, inverse_temperature: float, following: int, uniform: float) -> int:
-        if not self._is_drawable(inverse_temperature, following, uniform):
-            return _BAD_ARGUMENT
-        _, potentials, self.last = balance_reference(
-            self.scores, inverse_temperature, self.tol, self.max_iterations, self.potentials
-        )
-        if self.last[0] != SOLVED:
-            return _UNSOLVED
-        self.potentials[:] = potentials
-        return self._draw(inverse_temperature, following, uniform)
-
-    def _is_drawable(self, inverse_temperature: float, following: int, uniform: float) -> bool:
-        return 0 < inverse_temperature < math.inf and 0 <= following < len(self.scores) and 0 <= uniform < 1
-
-    def _draw(self, inverse_temperature: float, following: int, uniform: float) -> int:
-        p = softmax_rows(self.scores[following] * inverse_temperature + self.potentials)
-        above = np.flatnonzero(np.cumsum(p) > uniform)
-        return int(above[0] if len(above) else np.flatnonzero(p)[-1])
 
 
 def _read_only(array: NDArray[Any]) -> NDArray[Any]:

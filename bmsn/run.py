@@ -22,7 +22,7 @@ from bmsn.space import SearchSpace
 _log = logging.getLogger("bmsn.search")
 
 # How a run is stored and shown, not what it computes.
-_NOT_COMPARED = ("checkpoint_every", "tensorboard", "latency")
+_NOT_COMPARED = ("checkpoint_every", "tensorboard", "latency", "engine")
 
 
 class Interrupted(Exception):

@@ -10,14 +10,20 @@ struct BatchShape {
     std::int64_t num_images, height, width, channels;
 };
 
-// out[i, y, x, c] = table[v, c], v = image[indices[i]][y + top - padding, column + left - padding, c], 0 where that lies
-// outside the image; column = width - 1 - x where flips[i], else x; (top, left) = offsets[i].
-// images: uint8 NHWC. indices, flips: num_images. offsets: num_images x 2. table: 256 x channels. out: NHWC.
-void augment(const std::uint8_t* images, BatchShape shape, const std::int64_t* indices, const std::int64_t* offsets,
-             const std::int64_t* flips, std::int64_t padding, const float* table, float* out);
+// The crops and flips of a batch. Image i of it takes the words of Philox's counter (i, step, step >> 32, 0).
+struct Draws {
+    std::uint64_t key, step;
+    std::int64_t padding;
+};
 
-// The same, with each entry of the table rounded to bfloat16 (nearest even).
-void augment(const std::uint8_t* images, BatchShape shape, const std::int64_t* indices, const std::int64_t* offsets,
-             const std::int64_t* flips, std::int64_t padding, const float* table, std::uint16_t* out);
+// out[i, y, x, c] = table[v, c], v = image[indices[i]][y + top - padding, column + left - padding, c], 0 where that lies
+// outside the image; column = width - 1 - x where image i is flipped, else x; top and left in 0..2 * padding.
+// images: uint8 NHWC. indices: num_images. draws: null: images as they are. table: 256 x channels. out: NHWC.
+void augment(const std::uint8_t* images, BatchShape shape, const std::int64_t* indices, const Draws* draws, const float* table,
+             float* out);
+
+// The same in bfloat16, table and all.
+void augment(const std::uint8_t* images, BatchShape shape, const std::int64_t* indices, const Draws* draws,
+             const std::uint16_t* table, std::uint16_t* out);
 
 }  // namespace bmsn

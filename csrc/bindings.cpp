@@ -77,16 +77,18 @@ void bind_balance(py::module_& m) {
         .def_property_readonly("last", [](const MixtureStep& self) { return as_tuple(self.last); });
 }
 
-// Addresses come from bmsn.data.batches, which has checked dtypes, shapes, layout and the range of the indices.
+// Addresses come from bmsn.ops.batches, whose callers have checked dtypes, shapes, layout and the range of the indices.
 void bind_augment(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    const auto call = [](std::uintptr_t images, const Shape& shape, std::uintptr_t indices, std::uintptr_t offsets,
-                         std::uintptr_t flips, std::int64_t padding, std::uintptr_t table, std::uintptr_t out, bool bfloat16) {
+    const auto call = [](std::uintptr_t images, const Shape& shape, std::uintptr_t indices, std::uint64_t key,
+                         const std::optional<std::uint64_t>& step, std::int64_t padding, std::uintptr_t table,
+                         std::uintptr_t out, bool bfloat16) {
         const auto [num_images, height, width, channels] = shape;
+        const bmsn::Draws draws{key, step.value_or(0), padding};
         const auto run = [&](auto* to) {
             bmsn::augment(reinterpret_cast<const std::uint8_t*>(images), {num_images, height, width, channels},
-                          reinterpret_cast<const std::int64_t*>(indices), reinterpret_cast<const std::int64_t*>(offsets),
-                          reinterpret_cast<const std::int64_t*>(flips), padding, reinterpret_cast<const float*>(table), to);
+                          reinterpret_cast<const std::int64_t*>(indices), step ? &draws : nullptr,
+                          reinterpret_cast<decltype(to)>(table), to);
         };
         bfloat16 ? run(reinterpret_cast<std::uint16_t*>(out)) : run(reinterpret_cast<float*>(out));
     };

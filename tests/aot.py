@@ -27,13 +27,8 @@ from torch import Tensor
 
 ARCHITECTURES = (90, 80, 100)  # H100 and H200; A100; B200
 DTYPES = (torch.bfloat16, torch.float32)
-TYPES = {
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
-    torch.uint8: "u8",
-}
+TYPES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+TYPES |= {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
 SHARED = ("statistics", "bn_add_relu_pool")  # whose launchers others call
 
 
@@ -249,6 +244,30 @@ def _statistics_case(dtype: torch.dtype, channels: int, ordinary: bool) -> Case:
     return Case(f"batch_statistics {channels}", dtype, ordinary, launch)
 
 
+def _augment_case(dtype: torch.dtype, size: int, channels: int, crop: bool, ordinary: bool) -> Case:
+    images, step = _meta(1000, size, size, channels, dtype=torch.uint8), _meta(dtype=torch.int64)
+    labels = _meta(1000, dtype=torch.int64) if crop else None
+    pixels, chosen = _meta(256, size, size, channels, dtype=dtype).permute(0, 3, 1, 2), _meta(256, dtype=torch.int64)
+    launch = partial(
+        kernels("batches").launch_augment,
+        *(images, labels, _meta(500, dtype=torch.int64), _meta(256, channels, dtype=dtype), step, 2**62 + 7, crop, 4),
+        *(pixels, chosen),
+    )
+    return Case(f"augment {size}x{size}x{channels}{' cropped' * crop}", dtype, ordinary, launch)
+
+
+def _mixture_case(architectures: int, supernets: int, ordinary: bool) -> Case:
+    double, counter = partial(_meta, dtype=torch.float64), partial(_meta, dtype=torch.int64)
+    shape = architectures, supernets
+    launch = partial(
+        kernels("balance").launch_mixture_step,
+        *(double(*shape[::-1]), double(supernets), counter(*shape), counter(*shape), double(7)),
+        *(counter(), counter(), counter(1001), double(1001), double(1001), counter()),
+        *(_meta(dtype=torch.bool), 256, 0.9, 1e-12, 1, 500),
+    )
+    return Case(f"mixture_step {architectures}x{supernets}", torch.float64, ordinary, launch)
+
+
 def cases() -> list[Case]:
     """All cases; the ordinary ones, first, have every tuned configuration in its heaviest variant."""
     found: list[Case] = []
@@ -265,7 +284,10 @@ def cases() -> list[Case]:
         found += [_statistics_case(dtype, 64, True), _pool_case(dtype, 64, "max", "normed", True)]
         found += [_pool_case(dtype, 64, None, "normed", True), _head_case(dtype, 2048, 512, True)]
         found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
+        found += [_augment_case(dtype, 32, 3, True, True), _augment_case(dtype, 32, 3, False, True)]
         found += [_norm_relu_case(dtype, 64, "normed", pool, True) for pool in (False, True)]
+    found += [_mixture_case(36, 4, True), _mixture_case(1024, 16, True)]
+    found += [_mixture_case(560, 8, False), _mixture_case(1, 1, False), _mixture_case(3, 64, False)]
     found += [_cross_entropy_case(128, 10, True), _cross_entropy_case(256, 100, True), _sgd_case(270896, True, True)]
     for dtype in DTYPES:
         for shortcut in (False, True):

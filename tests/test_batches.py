@@ -1,17 +1,24 @@
-"""Batches: each image's own plain transform is the oracle; C++ and reference agree bit for bit."""
+"""Batches: each image's own plain transform, with draws by a Philox written out here, is the oracle; all backends agree
+with it bit for bit.
+"""
 
 from __future__ import annotations
 
-from itertools import product
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from bmsn import rng
 from bmsn.backend import extension
 from bmsn.data import BatchStream, batches, normalisation, normalisation_table, normalise
 from bmsn.errors import InputError
+from bmsn.ops import batches as ops
+from bmsn.ops.batches import augment
+from stacked import ON_GPU, assert_guards_hold, device_for, guarded, needs_triton
 
 SHAPES = [  # (N, H, W, C)
     (3, 2, 2, 1),  # smaller than the padding: some crops are nothing else
@@ -22,6 +29,7 @@ SHAPES = [  # (N, H, W, C)
 DTYPES = [torch.float32, torch.bfloat16]
 needs_cpp = pytest.mark.skipif(extension() is None, reason="bmsn._C is not built")
 BACKENDS = ["reference", pytest.param("cpp", marks=needs_cpp)]
+WITH_TRITON = [*BACKENDS, pytest.param("triton", marks=needs_triton)]
 
 
 def make_images(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
@@ -60,60 +68,104 @@ def normalise_plainly(images: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.float32)).to(dtype).permute(0, 3, 1, 2)
 
 
+def philox(key: int, counter: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox-4x32-10 as the paper has it, in Python's integers."""
+    a, b, c, d = counter
+    for i in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        low, high = ((key >> shift) + i * odd & 0xFFFFFFFF for shift, odd in ((0, 0x9E3779B9), (32, 0xBB67AE85)))
+        a, b, c, d = second >> 32 ^ b ^ low, second & 0xFFFFFFFF, first >> 32 ^ d ^ high, first & 0xFFFFFFFF
+    return a, b, c, d
+
+
+def draw_plainly(key: int, step: int, image: int) -> tuple[int, int, int]:
+    words = philox(key, (image, step & 0xFFFFFFFF, step >> 32, 0))
+    return words[0] * 9 >> 32, words[1] * 9 >> 32, words[2] >> 31
+
+
+KNOWN_ANSWERS = [  # (key, counter, words), from the files that belong to the paper
+    (0, (0, 0, 0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    (2**64 - 1, (2**32 - 1,) * 4, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        0x299F31D0A4093822,
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def test_philox_gives_the_known_answers():
+    for key, counter, words in KNOWN_ANSWERS:
+        assert philox(key, counter) == words
+        assert tuple(rng.philox(key, torch.tensor(counter)).tolist()) == words
+    counters = torch.from_numpy(np.random.default_rng(0).integers(0, 2**32, (50, 4)))
+    key = rng.philox_key(3, "train/augment")
+    assert 0 <= key < 2**63
+    assert rng.philox(key, counters).tolist() == [list(philox(key, tuple(c))) for c in counters.tolist()]
+
+
+def guarded_op(backend: str, images: np.ndarray, order: np.ndarray, table: Tensor, step: int, key: int) -> Tensor:
+    """A batch of the op, whole epoch, with labels that must be those of the images; on the device of the backend."""
+    device = device_for(backend)
+    labels = torch.arange(len(images), device=device) * 7
+    pixels, chosen = augment(
+        torch.from_numpy(images).to(device), labels, torch.from_numpy(order).to(device), table.to(device),
+        torch.tensor(step, device=device), key=key, batch_size=len(order), crop=True, backend=backend,
+    )  # fmt: skip
+    assert torch.equal(chosen.cpu(), torch.from_numpy(order) * 7)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
+    return pixels.cpu()
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", WITH_TRITON)
 def test_every_crop_and_flip_is_that_of_the_plain_transform(shape, dtype, backend):
-    images = make_images(shape)
-    cases = np.array(list(product(range(9), range(9), range(2))))
-    offsets, flips = cases[:, :2], cases[:, 2]  # strided views, as indices may be
-    indices = np.arange(len(flips))[::-1].copy() % len(images)
+    images, key, step = make_images(shape), rng.philox_key(0, "a"), 2**35 + 3  # both words of the step count
+    num_images = 16 if backend == "triton" and not ON_GPU else 2000
+    order = np.arange(num_images)[::-1].copy() % len(images)
     table = normalisation_table(*make_statistics(shape[3]))
-    transform = {"cpp": batches.transform_cpp, "reference": batches.transform_reference}[backend]
-    batch = transform(images, indices, offsets, flips, table, dtype)
+    batch = guarded_op(backend, images, order, table.to(dtype), step, key)
     normalised = normalise_plainly(images, torch.float32).permute(0, 2, 3, 1).numpy()
-    plain = np.stack([transform_one(normalised[i], *o, f) for i, o, f in zip(indices, offsets, flips, strict=True)])
+    drawn = [draw_plainly(key, step, i) for i in range(num_images)]
+    assert num_images < 2000 or len(set(drawn)) == 162  # all crops and flips
+    plain = np.stack([transform_one(normalised[i], *draw) for i, draw in zip(order, drawn, strict=True)])
     assert torch.equal(batch, torch.from_numpy(plain).to(dtype).permute(0, 3, 1, 2))
     assert batch.dtype == dtype
-    assert batch.is_contiguous(memory_format=torch.channels_last)
 
 
-@needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("augment", [True, False])
-def test_streams_of_both_backends_are_equal(dtype, augment):
-    images = make_images((50, 32, 32, 3))
-    ours, reference = (
-        stream(images, batch_size=16, dtype=dtype, augment=augment, backend=backend) for backend in ("cpp", "reference")
-    )
+@pytest.mark.parametrize("backend", WITH_TRITON[1:])
+def test_streams_of_all_backends_are_equal(dtype, augment, backend):
+    images, device = make_images((50, 12, 12, 3)), device_for(backend)
+    ours = stream(images, batch_size=16, dtype=dtype, augment=augment, backend=backend, device=device)
+    reference = stream(images, batch_size=16, dtype=dtype, augment=augment, backend="reference")
     for step in (0, 2, 3, 1000):  # across epochs
         for a, b in zip(ours.batch(step), reference.batch(step), strict=True):
-            assert torch.equal(a, b)
+            assert a.device.type == device.type
+            assert torch.equal(a.cpu(), b)
 
 
-@needs_cpp
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_cpp_writes_its_output_only(bfloat16):
-    images, guard = make_images((3, 5, 5, 3)), 64
-    size = images.size
-    out = torch.full((size + 2 * guard,), torch.nan, dtype=torch.bfloat16 if bfloat16 else torch.float32)
-    table = normalisation_table(*make_statistics(3))
-    indices, offsets, flips = np.arange(3), np.array([[0, 8], [8, 0], [4, 4]]), np.array([1, 0, 1])
-    arrays = [array.ctypes.data for array in (images, indices, offsets, flips)]
-    start = out[guard:].data_ptr()
-    extension().augment(arrays[0], (3, 5, 5, 3), *arrays[1:], 4, table.data_ptr(), start, bfloat16)
-    assert out[:guard].isnan().all()
-    assert out[guard + size :].isnan().all()
-    assert out[guard : guard + size].isfinite().all()
-
-
-@needs_cpp
-def test_cpp_rounds_to_bfloat16_as_torch_does():
-    ties = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.0e38, 1e-40, 0.0, -0.0])  # even below, even above, ...
-    table = torch.cat([ties, torch.randn(249, generator=torch.Generator().manual_seed(0))])[:, None]
-    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    batch = normalise(images, table, torch.bfloat16, backend="cpp")
-    assert torch.equal(batch.reshape(256).view(torch.int16), table[:, 0].bfloat16().view(torch.int16))
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nothing_is_written_around_the_batch(backend, dtype, monkeypatch):
+    if backend == "cpp" and extension() is None:
+        pytest.skip("bmsn._C is not built")
+    if backend == "triton" and needs_triton.args[0]:
+        pytest.skip(needs_triton.kwargs["reason"])
+    device = device_for(backend)
+    shape = (7, 5, 5, 3)  # 75 values an image: a ragged end
+    out = guarded(torch.empty(shape, dtype=dtype, device=device), poison=True)
+    chosen = guarded(torch.empty(7, dtype=torch.int64, device=device), poison=True)
+    images, order = torch.from_numpy(make_images((3, 5, 5, 3))).to(device), torch.tensor([0, 1, 2, 2, 1, 0, 0])
+    table = normalisation_table(*make_statistics(3)).to(device, dtype)
+    monkeypatch.setattr(ops, "_empty_pixels", lambda *_: out.permute(0, 3, 1, 2))
+    monkeypatch.setattr(ops, "_empty_labels", lambda *_: chosen)
+    arguments = images, torch.arange(3, device=device), order.to(device), table, torch.zeros((), dtype=int).to(device)
+    augment(*arguments, key=1, batch_size=7, crop=True, backend=backend)
+    assert_guards_hold(pixels=out, labels=chosen)
+    assert out.isfinite().all()
 
 
 def test_an_epoch_has_each_image_once_and_drops_the_last():
@@ -178,6 +230,7 @@ def test_normalise_takes_the_images_asked_for_from_a_memory_map(backend, tmp_pat
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     table = normalisation_table(*make_statistics(3))
+    warnings.simplefilter("error")  # torch warns about memory that is read-only
     indices = np.array([9, 0, 4, 4])
     some = normalise(mapped, table, torch.float32, indices, backend=backend)
     assert torch.equal(some, normalise_plainly(images[indices], torch.float32))
@@ -209,6 +262,7 @@ def test_a_constant_channel_is_normalised_to_zero():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"table": torch.zeros(256, 3).double()}, "table must be float32; got torch.float64"),
         ({"batch_size": 1}, r"batch_size must be in 2\.\.6.*got 1"),
         ({"batch_size": 7}, r"batch_size must be in 2\.\.6.*got 7"),
         ({"dtype": torch.float16}, "dtype.*got torch.float16"),
@@ -216,7 +270,7 @@ def test_a_constant_channel_is_normalised_to_zero():
         ({"indices": np.array([-1, 3])}, r"got -1\.\.3"),
         ({"indices": np.array([0, 1], dtype=np.int32)}, "int64.*got int32"),
         ({"labels": np.zeros(5, np.int64)}, r"labels must be int64 \(6,\); got int64 \(5,\)"),
-        ({"table": torch.zeros(256, 1)}, r"table must be float32 \(256, 3\)"),
+        ({"table": torch.zeros(256, 1)}, r"table must be float32 or bfloat16 \(256, 3\)"),
         ({"table": torch.zeros(3, 256).T}, "table"),
         ({"images": make_images((6, 4, 4, 3)).transpose(0, 2, 1, 3)}, "C-contiguous"),
         ({"images": np.zeros((6, 4, 4, 3), np.float32)}, "uint8.*got float32"),

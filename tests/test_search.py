@@ -8,6 +8,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,10 +18,10 @@ from scipy import stats
 
 import bmsn
 import bmsn.loop
+from bmsn import engine
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
-from bmsn.methods import supernet
 from bmsn.methods.uniform import draw_uniform
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
@@ -330,33 +331,32 @@ def test_truth_file_is_checked(spec, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_skipped_and_counted(spec, monkeypatch):
-    real, calls = supernet.train_step, []
+    real, calls = engine.device_step, []
 
-    def sometimes(nets, velocity, *args, **kwargs):
+    def sometimes(nets, velocity, copies, architecture, row, images, labels, **settings):
         calls.append(1)
+        before = nets.arena.detach().clone()
         if len(calls) in (3, 4):
-            before = nets.arena.detach().clone()
-            images = args[2] * math.nan
-            loss = real(nets, velocity, *args[:2], images, *args[3:], **kwargs)
-            assert math.isnan(loss)
-            assert torch.equal(before, nets.arena)
-            return loss
-        return real(nets, velocity, *args, **kwargs)
+            images = images * math.nan
+        loss, correct = real(nets, velocity, copies, architecture, row, images, labels, **settings)
+        assert torch.equal(before, nets.arena) == math.isnan(loss) == (len(calls) in (3, 4))
+        return loss, correct
 
-    monkeypatch.setattr(supernet, "train_step", sometimes)
+    monkeypatch.setattr(engine, "device_step", sometimes)
     result = search(spec)
     assert result.notes == ("2 updates were skipped: their loss was not finite.",)
     assert all(math.isfinite(row.ema_accuracy) for row in result.ranking)
 
 
 def test_twenty_such_losses_in_a_row_stop_the_run(spec, monkeypatch, tmp_path, capsys):
-    real, calls = supernet.train_step, []
+    real, calls = engine.device_step, []
 
     def breaks(*args, **kwargs):
         calls.append(1)
-        return math.nan if len(calls) > 4 else real(*args, **kwargs)
+        loss, correct = real(*args, **kwargs)
+        return (loss * math.nan if len(calls) > 4 else loss), correct
 
-    monkeypatch.setattr(supernet, "train_step", breaks)
+    monkeypatch.setattr(engine, "device_step", breaks)
     assert main(tiny_flags(spec, epochs=10, checkpoint_every=2, out=tmp_path / "run")) == 3
     message = capsys.readouterr().err
     assert "step 23" in message
@@ -369,16 +369,12 @@ def test_twenty_such_losses_in_a_row_stop_the_run(spec, monkeypatch, tmp_path, c
 
 
 def test_a_balance_that_fails_stops_the_run_with_pair_and_step(spec, monkeypatch, capsys):
-    from bmsn.ops.balance import BalanceError
-
-    def fails(self, *args):
-        raise BalanceError(kl=0.1, tol=1e-12, iterations=5)
-
-    monkeypatch.setattr(bmsn.BalancedMixture, "observe_and_draw", fails)
+    monkeypatch.setattr(engine, "mixture_step", partial(engine.mixture_step, max_iterations=1))
     assert main(tiny_flags(spec)) == 3
     message = capsys.readouterr().err
     assert "step 0" in message
     assert "architecture [" in message
+    assert "after 1 iterations" in message
 
 
 def test_training_goes_on_when_the_disk_is_full(spec, monkeypatch, tmp_path, caplog):

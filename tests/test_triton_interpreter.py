@@ -21,6 +21,8 @@ MODULES = [
     "test_norm_relu_triton",
     "test_cross_entropy",
     "test_sgd",
+    "test_batches",
+    "test_mixture_step",
 ]
 
 

@@ -1,21 +1,22 @@
 """Batches of normalised images: gather, random crop, flip, normalise and cast in one pass, as channels_last tensors.
 
-The reference is numpy and torch; csrc/augment.cpp gives the same bits. Both look values up in one table that is made
-once, in float64, on the host (no multiply-add that one device contracts and another does not).
+The pass is `bmsn.ops.batches`, on the device where the images lie. Values come from a table that is made once, in
+float64, on the host (no multiply-add that one device contracts and another does not).
 """
 
 from __future__ import annotations
+
+import warnings
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bmsn import rng
-from bmsn.backend import extension, resolve
+from bmsn.backend import resolve
 from bmsn.errors import InputError
+from bmsn.ops.batches import DTYPES, augment, check_images
 
-PADDING = 4  # pixels on each side before the random crop, 0 after normalisation: the channel's mean
-DTYPES = (torch.float32, torch.bfloat16)
 _CHUNK_PIXELS = 1 << 22  # counted at a time: small enough for the cache, and for images larger than memory
 
 
@@ -57,13 +58,23 @@ def normalisation_table(mean: np.ndarray, std: np.ndarray) -> Tensor:
     return torch.from_numpy(((values - mean) / std).astype(np.float32))
 
 
+def as_tensor(array: np.ndarray | Tensor, device: torch.device | str = "cpu") -> Tensor:
+    """The array as a tensor on `device`: on the CPU the same memory, which nobody may write to."""
+    if isinstance(array, Tensor):
+        return array.to(device)
+    with warnings.catch_warnings():  # of torch, about memory maps that are read-only
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array).to(device)
+
+
 class BatchStream:
     """Batches of some images in random order, each image once an epoch; a pure function of (seed, purpose, step).
 
     Batch `step` belongs to epoch step // steps_per_epoch; images that don't fill a batch are left out of their epoch.
+    The same batches, bit for bit, on every device.
 
     Args:
-        images: (N, H, W, C) uint8, C-contiguous; may be memory-mapped.
+        images: (N, H, W, C) uint8, C-contiguous; may be memory-mapped. A tensor on `device` is shared, not copied.
         labels: (N,) int64.
         indices: of the images in this stream, all different.
         table: (256, C) float32, from `normalisation_table`.
@@ -73,13 +84,14 @@ class BatchStream:
         purpose: keeps the randomness of this stream apart from that of others.
         augment: crop at random from the image padded by 4 pixels of the mean colour, and flip every other image left to
             right.
+        device: where batches are made; images that are not there are copied to it, once.
         backend: see `bmsn.backend.resolve`.
     """
 
     def __init__(
         self,
-        images: np.ndarray,
-        labels: np.ndarray,
+        images: np.ndarray | Tensor,
+        labels: np.ndarray | Tensor,
         indices: np.ndarray,
         table: Tensor,
         *,
@@ -88,47 +100,58 @@ class BatchStream:
         seed: int,
         purpose: str,
         augment: bool,
+        device: torch.device | str = "cpu",
         backend: str = "auto",
     ) -> None:
-        _check(images, indices, table, dtype)
-        if labels.dtype != np.int64 or labels.shape != images.shape[:1]:
-            raise InputError(f"labels must be int64 ({len(images)},); got {labels.dtype} {labels.shape}")
+        device = torch.device(device)
+        self.backend = resolve("augment", backend, device=device)
+        stored = as_tensor(images)
+        self.table = _checked_table(table, stored, dtype).to(device)
+        _check_indices(indices, len(stored))
+        self.labels = as_tensor(labels, device)
+        if self.labels.dtype != torch.int64 or self.labels.shape != stored.shape[:1]:
+            raise InputError(f"labels must be int64 ({len(stored)},); got {labels.dtype} {tuple(labels.shape)}")
         if not 2 <= batch_size <= len(indices):
             raise InputError(f"batch_size must be in 2..{len(indices)}, the number of images; got {batch_size}")
-        self.images, self.labels, self.indices, self.table = images, labels, indices, table
-        self.batch_size, self.dtype, self.augment = batch_size, dtype, augment
+        self.images, self.device = stored.to(device), device
+        self.indices, self.batch_size, self.dtype, self.augment = indices, batch_size, dtype, augment
         self.seed, self.purpose = seed, purpose
-        self.backend = resolve("augment", backend)
-        self._epoch, self._order = -1, indices
+        self._key = rng.philox_key(seed, f"{purpose}/augment")
+        self._epoch, self._order = -1, torch.empty(len(indices), dtype=torch.int64, device=device)
 
     @property
     def steps_per_epoch(self) -> int:
         return len(self.indices) // self.batch_size
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Returns images (B, C, H, W), channels_last, and labels (B,) int64."""
+        """Returns images (B, C, H, W), channels_last, and labels (B,) int64, both on `device`."""
+        self.prepare(step)
+        return self.at(torch.full((), step, dtype=torch.int64, device=self._order.device))
+
+    def prepare(self, step: int) -> None:
+        """Lays down the order of the images in the epoch of `step`, which `at` reads. Waits for nothing on a GPU."""
         if step < 0:
             raise InputError(f"step must be at least 0; got {step}")
-        epoch, place = divmod(step, self.steps_per_epoch)
-        chosen = self._permutation(epoch)[place * self.batch_size : (place + 1) * self.batch_size]
-        if self.augment:
-            random = rng.generator(self.seed, f"{self.purpose}/augment", step)
-            offsets = random.integers(0, 2 * PADDING + 1, size=(self.batch_size, 2))
-            flips = random.integers(0, 2, size=self.batch_size)
-        else:
-            offsets, flips = _centred(self.batch_size)
-        images = _transform(self.images, chosen, offsets, flips, self.table, self.dtype, self.backend)
-        return images, torch.from_numpy(self.labels[chosen])
+        epoch = step // self.steps_per_epoch
+        if epoch == self._epoch:
+            return
+        order = rng.generator(self.seed, f"{self.purpose}/order", epoch).permutation(self.indices)
+        drawn = torch.from_numpy(order)
+        if self._order.is_cuda:  # in the order of the stream: batches enqueued before still read the epoch before
+            drawn = drawn.pin_memory()
+        self._order.copy_(drawn, non_blocking=True)
+        self._epoch = epoch
 
-    def _permutation(self, epoch: int) -> np.ndarray:
-        if epoch != self._epoch:
-            self._order = rng.generator(self.seed, f"{self.purpose}/order", epoch).permutation(self.indices)
-            self._epoch = epoch
-        return self._order
+    def at(self, step: Tensor) -> tuple[Tensor, Tensor]:
+        """`batch` of a step that lies on the device, () int64, in the epoch that was prepared; waits for nothing."""
+        return torch.ops.bmsn.augment(
+            self.images, self.labels, self._order, self.table, step, self._key, self.batch_size, self.augment,
+            self.backend,
+        )  # fmt: skip
 
 
 def normalise(
-    images: np.ndarray,
+    images: np.ndarray | Tensor,
     table: Tensor,
     dtype: torch.dtype,
     indices: np.ndarray | None = None,
@@ -137,7 +160,7 @@ def normalise(
     """Images without augmentation, for scoring.
 
     Args:
-        images: (N, H, W, C) uint8, C-contiguous; may be memory-mapped.
+        images: (N, H, W, C) uint8, C-contiguous; may be memory-mapped, or on a GPU, where the result is then too.
         table: (256, C) float32, from `normalisation_table`.
         dtype: float32 or bfloat16.
         indices: int64, of the images wanted, in the order wanted; None: all.
@@ -145,87 +168,32 @@ def normalise(
     Returns:
         (N, C, H, W), or one image for each index, channels_last.
     """
-    chosen = np.arange(len(images)) if indices is None else indices
-    _check(images, chosen, table, dtype)
-    return _transform(images, chosen, *_centred(len(chosen)), table, dtype, resolve("augment", backend))
+    stored = as_tensor(images)
+    lookup = _checked_table(table, stored, dtype).to(stored.device)
+    chosen = np.arange(len(stored)) if indices is None else indices
+    _check_indices(chosen, len(stored))
+    if not len(chosen):
+        return lookup.new_empty((0, *stored.shape[1:])).permute(0, 3, 1, 2)
+    order = torch.from_numpy(np.ascontiguousarray(chosen)).to(stored.device)
+    first = torch.zeros((), dtype=torch.int64, device=stored.device)
+    return augment(
+        stored, None, order, lookup, first, key=0, batch_size=len(chosen), crop=False, backend=backend
+    )[0]  # fmt: skip
 
 
-def _check(images: np.ndarray, indices: np.ndarray, table: Tensor, dtype: torch.dtype) -> None:
-    """What the C++ loop relies on: nothing is checked after this."""
-    if images.dtype != np.uint8 or images.ndim != 4 or not images.flags.c_contiguous:
-        raise InputError(f"images must be C-contiguous uint8 (N, H, W, C); got {images.dtype} {images.shape}")
-    if indices.dtype != np.int64 or indices.ndim != 1:
-        raise InputError(f"indices must be int64 of one dimension; got {indices.dtype} {indices.shape}")
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(images):
-        raise InputError(f"indices must be in 0..{len(images) - 1}; got {indices.min()}..{indices.max()}")
-    if table.dtype != torch.float32 or table.shape != (256, images.shape[3]) or not table.is_contiguous():
-        raise InputError(f"table must be float32 (256, {images.shape[3]}); got {table.dtype} {tuple(table.shape)}")
+def _checked_table(table: Tensor, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """The table in the dtype of the batches, rounded once by torch."""
     if dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(map(str, DTYPES))}; got {dtype}")
+    if table.dtype != torch.float32:
+        raise InputError(f"table must be float32; got {table.dtype}")
+    check_images(images, table.to(images.device))
+    return table.to(dtype)
 
 
-def _centred(num_images: int) -> tuple[np.ndarray, np.ndarray]:
-    """Offsets and flips that change nothing."""
-    return np.full((num_images, 2), PADDING), np.zeros(num_images, np.int64)
-
-
-def _transform(
-    images: np.ndarray,
-    indices: np.ndarray,
-    offsets: np.ndarray,
-    flips: np.ndarray,
-    table: Tensor,
-    dtype: torch.dtype,
-    backend: str,
-) -> Tensor:
-    """Crops at `offsets` (B, 2), (top, left) in the padded image, flips, looks values up; arrays are int64."""
-    run = transform_cpp if backend == "cpp" else transform_reference
-    return run(images, indices, offsets, flips, table, dtype)
-
-
-def transform_reference(
-    images: np.ndarray,
-    indices: np.ndarray,
-    offsets: np.ndarray,
-    flips: np.ndarray,
-    table: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    _, height, width, channels = images.shape
-    rows = np.arange(height) + offsets[:, :1] - PADDING  # (B, H) in the image as it is stored
-    columns = np.arange(width)
-    columns = np.where(flips[:, None], width - 1 - columns, columns) + offsets[:, 1:] - PADDING  # (B, W)
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    rows, columns = rows.clip(0, height - 1), columns.clip(0, width - 1)
-    pixels = images[indices[:, None, None], rows[:, :, None], columns[:, None, :]]  # (B, H, W, C)
-    values = table.to(dtype)[torch.from_numpy(pixels).int(), torch.arange(channels)]
-    values[torch.from_numpy(~inside)] = 0
-    return values.permute(0, 3, 1, 2)  # stored as NHWC: channels_last
-
-
-def transform_cpp(
-    images: np.ndarray,
-    indices: np.ndarray,
-    offsets: np.ndarray,
-    flips: np.ndarray,
-    table: Tensor,
-    dtype: torch.dtype,
-) -> Tensor:
-    module = extension()
-    assert module is not None, "resolve chose cpp"
-    num_images = len(indices)
-    _, height, width, channels = images.shape
-    indices, offsets, flips = (np.ascontiguousarray(array) for array in (indices, offsets, flips))
-    out = torch.empty((num_images, height, width, channels), dtype=dtype)
-    module.augment(
-        images.ctypes.data,
-        (num_images, height, width, channels),
-        indices.ctypes.data,
-        offsets.ctypes.data,
-        flips.ctypes.data,
-        PADDING,
-        table.data_ptr(),
-        out.data_ptr(),
-        dtype == torch.bfloat16,
-    )
-    return out.permute(0, 3, 1, 2)
+def _check_indices(indices: np.ndarray, num_images: int) -> None:
+    """What gathering relies on: nothing is checked after this."""
+    if indices.dtype != np.int64 or indices.ndim != 1:
+        raise InputError(f"indices must be int64 of one dimension; got {indices.dtype} {indices.shape}")
+    if len(indices) and not 0 <= indices.min() <= indices.max() < num_images:
+        raise InputError(f"indices must be in 0..{num_images - 1}; got {indices.min()}..{indices.max()}")

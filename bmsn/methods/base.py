@@ -24,7 +24,8 @@ from bmsn.space import SearchSpace
 
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
 OPTIONAL_SETTINGS = (
-    "refresh_every", "score_every", "evaluate_top", "race", "norm", "warm_up", "ucb_constant", "alpha_lr", "max_macs",
+    "refresh_every", "score_every", "evaluate_top", "race", "norm", "engine", "warm_up", "ucb_constant",
+    "alpha_lr", "max_macs",
 )  # fmt: skip
 
 
@@ -179,6 +180,10 @@ class Method(ABC):
     @abstractmethod
     def step(self, step: int) -> Outcome:
         """One training step, counted in `cost`. Raises RunStopped where the search cannot go on."""
+
+    def steps(self, step: int, stop: int) -> list[Outcome]:
+        """One step or more, up to step `stop` - 1: until then nobody looks."""
+        return [self.step(step)]
 
     @abstractmethod
     def rank(self) -> Ranking:

@@ -5,15 +5,18 @@ Source: Javan et al. 2023, section 2 (algorithm 1). `bmsn.mixture` has the mathe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bmsn.config import Procedure
+from bmsn.engine_mixture import MixtureEngine, runs_ahead
 from bmsn.errors import RunStopped
-from bmsn.methods.base import Ranking, Sampler
+from bmsn.methods.base import Outcome, Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
 from bmsn.methods.uniform import draw_uniform
@@ -47,7 +50,8 @@ class MixtureSampler(Sampler):
         balance_every: int,
         temperature: Callable[[int], float],
     ) -> None:
-        self._space, self._num_steps, self._temperature = space, num_steps, temperature
+        self._space, self._num_steps, self.temperature = space, num_steps, temperature
+        self.balance_every = balance_every
         self.mixture = BalancedMixture(
             num_architectures=len(space),
             num_supernets=num_supernets,
@@ -56,19 +60,19 @@ class MixtureSampler(Sampler):
             balance_every=balance_every,
         )
         # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
-        self._drawn = draw_uniform(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
-        self._uniforms = generator(seed, "supernets").random(num_steps + 1)
-        self._supernet = self.mixture.draw(int(self._drawn[0]), temperature(0), float(self._uniforms[0]))
+        self.drawn = draw_uniform(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
+        self.uniforms = generator(seed, "supernets").random(num_steps + 1)
+        self.supernet = self.mixture.draw(int(self.drawn[0]), temperature(0), float(self.uniforms[0]))
 
     def propose(self, step: int) -> tuple[int, int]:
-        return int(self._drawn[step]), self._supernet
+        return int(self.drawn[step]), self.supernet
 
     def observe(self, step: int, architecture: int, supernet: int, accuracy: float | None) -> None:
         try:
             # One call for moving average, balance and the next step's draw: that is what is fast.
-            self._supernet = self.mixture.observe_and_draw(
-                architecture, supernet, accuracy, self._temperature(step + 1),
-                int(self._drawn[step + 1]), float(self._uniforms[step + 1]),
+            self.supernet = self.mixture.observe_and_draw(
+                architecture, supernet, accuracy, self.temperature(step + 1),
+                int(self.drawn[step + 1]), float(self.uniforms[step + 1]),
             )  # fmt: skip
         except BalanceError as error:
             pair = f"architecture {self._space[architecture]}, supernet {supernet}"
@@ -83,12 +87,12 @@ class MixtureSampler(Sampler):
 
     def rank(self) -> Ranking:
         """By a[c, m*], m* = argmax_m p(m|c) at the last temperature."""
-        best = self.mixture.best_supernet(self._temperature(self._num_steps))
+        best = self.mixture.best_supernet(self.temperature(self._num_steps))
         estimate = self.mixture.scores[np.arange(len(best)), best]
         return Ranking(np.argsort(-estimate, kind="stable"), estimate, best)
 
     def metrics(self, step: int) -> dict[str, Any]:
-        temperature = self._temperature(step)
+        temperature = self.temperature(step)
         p = self.mixture.assignment(temperature)
         return {
             "inverse_temperature": temperature,
@@ -102,15 +106,15 @@ class MixtureSampler(Sampler):
             "kind": "mixture",
             "scores": self.mixture.scores,
             "visits": self.mixture.visits,
-            "assignment": self.mixture.assignment(self._temperature(step)),
+            "assignment": self.mixture.assignment(self.temperature(step)),
             "last_visit": self.mixture.last_visit,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return {"supernet": self._supernet, "mixture": self.mixture.state_dict()}
+        return {"supernet": self.supernet, "mixture": self.mixture.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._supernet = state["supernet"]
+        self.supernet = state["supernet"]
         self.mixture.load_state_dict(state["mixture"])
 
 
@@ -118,6 +122,19 @@ class Mixture(SupernetMethod):
     """`--method mixture`: M supernets, each architecture ranked by its accuracy in its best one."""
 
     name: ClassVar[str] = "mixture"
+    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine"}
+    sampler: MixtureSampler
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem)
+        sampler = self.sampler
+        self._engine: MixtureEngine | None = None
+        if problem.train.device == problem.device:  # else the images did not fit there, and each batch has to be sent
+            self._engine = MixtureEngine(
+                problem, self.nets, self.velocity, sampler.mixture, sampler.drawn, sampler.uniforms,
+                sampler.temperature, balance_every=sampler.balance_every,
+            )  # fmt: skip
+            self._engine.load(sampler.supernet)
 
     @classmethod
     def num_supernets(cls, space: SearchSpace) -> int | None:
@@ -133,3 +150,27 @@ class Mixture(SupernetMethod):
             balance_every=problem.train.steps_per_epoch if every == "epoch" else every,
             temperature=lambda step: inverse_temperature(problem.progress(step), config.schedule, config.supernets),
         )  # fmt: skip
+
+    def steps(self, step: int, stop: int) -> list[Outcome]:
+        problem, every = self.problem, self.problem.config.refresh_every
+        if self._engine is None:
+            return super().steps(step, stop)
+        if not runs_ahead(problem.device):
+            stop = step + 1
+        refresh = partial(self._refresh, stop - 1) if every and stop % every == 0 else None  # in the last of them
+        done, self.sampler.supernet = self._engine.run(step, stop, refresh)
+        outcomes = []
+        for index, supernet, loss, accuracy in zip(
+            self.sampler.drawn[step:stop].tolist(), done.supernets, done.losses, done.accuracies, strict=True
+        ):
+            finite, macs, images = math.isfinite(loss), problem.macs[index], problem.config.batch_size
+            self.cost.train(images, macs)
+            self.cost.validate(images if finite else 0, macs)
+            trained = f"architecture {problem.space[index]} with supernet {supernet}"
+            outcomes.append(Outcome(float(loss), float(accuracy) if finite else None, trained))
+        return outcomes
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        if self._engine is not None:
+            self._engine.load(self.sampler.supernet)
