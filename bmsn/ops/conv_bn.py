@@ -172,14 +172,12 @@ def conv_bn_reference(
     stride: int = 1,
     shortcut_weight: Tensor | None = None,
 ) -> list[Tensor]:
-    out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
-    a = x if stats is None else normalise(x, stats).relu().to(x.dtype)
-    _convolve_reference(a, weight, weight_index, stride, out[0].chunk(num_groups))
-    out[1].copy_(batch_statistics_reference(out[0], num_groups))
-    if shortcut_weight is not None:
-        _convolve_reference(a, shortcut_weight, weight_index, stride, out[2].chunk(num_groups))
-        out[3].copy_(batch_statistics_reference(out[2], num_groups))
-    return out
+    a = x if stats is None else normalise(x, stats).relu_()
+    found = []
+    for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
+        y = _convolve(a, w, num_groups, weight_index, stride)
+        found += [y, batch_statistics_reference(y, num_groups)]
+    return found
 
 
 def conv_scale_reference(
@@ -193,8 +191,7 @@ def conv_scale_reference(
     weight_index: Tensor | None = None,
     stride: int = 1,
 ) -> Tensor:
-    y = _empty_map(x, weight, stride)
-    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
+    y = _convolve(x, weight, num_groups, weight_index, stride)
     scale, shift = (per_image(t, len(x)) for t in (scale, shift))
     z = y.to(scale.dtype) * scale + shift
     if shortcut is not None:
@@ -204,31 +201,26 @@ def conv_scale_reference(
 
 def batch_statistics_reference(x: Tensor, num_groups: int) -> Tensor:
     stats = _empty_stats(x, num_groups, x.shape[1])
-    ones, zeros = stats.new_ones(x.shape[1]), stats.new_zeros(x.shape[1])  # their dtype is that of torch's statistics
+    zeros = torch.zeros_like(stats[0, 0])  # in the dtype that torch shall keep its sums in
     for g, group in enumerate(x.chunk(num_groups)):
-        if x.dtype == torch.bfloat16:  # torch's own sums, which cancel in float32: twice as fast
-            _, stats[0, g], stats[1, g] = torch.native_batch_norm(group, ones, zeros, None, None, True, 0.0, EPS)
+        if x.dtype == torch.bfloat16:  # ten times as fast here; its sums lose digits of a large mean in float32
+            mean, variance = torch.batch_norm_update_stats(group, zeros, zeros.clone(), 0.0)
         else:
             variance, mean = torch.var_mean(group, (0, 2, 3), correction=0)
-            stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
+        stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
     return stats
-
-
-def _convolve_reference(
-    a: Tensor, weight: Tensor, weight_index: Tensor | None, stride: int, out: tuple[Tensor, ...]
-) -> None:
-    for g, group in enumerate(a.chunk(len(out))):
-        row = weight[0] if weight_index is None else weight.index_select(0, weight_index[g : g + 1])[0]
-        out[g].copy_(F.conv2d(group, row, stride=stride, padding=weight.shape[-1] // 2))
 
 
 def _convolve(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> Tensor:
     """By torch's own convolution, all groups at once where they share their weights."""
+    padding = weight.shape[-1] // 2
     if weight_index is None:
-        y = F.conv2d(x, weight[0], stride=stride, padding=weight.shape[-1] // 2)
+        y = F.conv2d(x, weight[0], stride=stride, padding=padding)
         return y.contiguous(memory_format=torch.channels_last)
     y = _empty_map(x, weight, stride)
-    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
+    for g, (group, out) in enumerate(zip(x.chunk(num_groups), y.chunk(num_groups), strict=True)):
+        row = weight.index_select(0, weight_index[g : g + 1])[0]
+        out.copy_(F.conv2d(group, row, stride=stride, padding=padding))
     return y
 
 
