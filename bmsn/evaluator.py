@@ -7,6 +7,7 @@ architecture, images and batch size only.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,8 @@ from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
 from bmsn.space import SearchSpace
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 2**30
 NormKind = Literal["batch", "calibrated"]
@@ -85,7 +88,8 @@ def score_architectures(
             workspace do not count. None: what is fastest, about 1 GiB or one state's need if that is more.
         calibration_images: like `images`, for norm="calibrated" alone; usually from the training half.
     Returns:
-        Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16.
+        Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16. A supernet
+        with weights that are not finite is scored by its NaN logits, and a warning is logged that names it.
     Raises:
         InputError: any of these out of range, or `max_bytes` too small for one state (says how much is needed).
     """
@@ -95,6 +99,7 @@ def score_architectures(
         raise InputError(f"calibration_images are needed for norm='calibrated' and for nothing else; norm is {norm!r}")
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
+    _warn_of_nan(mixture, pairs)
     run = partial(_run_plan, mixture, pairs=pairs, backend=backend, max_bytes=max_bytes)
     if calibration_images is None:
         correct = run(images, labels, batch_size, _Norm())
@@ -173,6 +178,17 @@ def _checked(
         bad = int(((labels < 0) | (labels >= mixture.num_classes)).nonzero()[0])
         raise InputError(f"labels[{bad}] must be in 0..{mixture.num_classes - 1}; got {int(labels[bad])}")
     return images.to(device), labels.to(device, torch.int64)
+
+
+def _warn_of_nan(mixture: SupernetMixture, pairs: Sequence[Pair]) -> None:
+    """Every architecture uses all layers, so one weight that is not finite spoils all scores of its supernet."""
+    spoilt = set((~mixture.arena.isfinite().all(1)).nonzero().flatten().tolist())
+    supernets = [supernet for _, supernet in pairs if supernet in spoilt]
+    if supernets:
+        logger.warning(
+            "supernets %s have weights that are not finite: the scores of their %d architectures count NaN logits",
+            *(sorted(set(supernets)), len(supernets)),
+        )
 
 
 # Running a plan on one batch. -----------------------------------------------------------------------------------------

@@ -272,6 +272,46 @@ def test_bad_input_is_named(change, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_counted_as_nan_and_named_once(bad, caplog):
+    nets, images, labels, _ = make_case("resnet14-cifar10")
+    nets.arena.detach()[1, 100] = bad
+    pairs = [(a, m) for a in nets.space for m in (0, 1)]
+    scores = score_architectures(nets, images, labels, pairs, batch_size=5)
+    assert scores.correct[1::2].tolist() == [int((labels == 0).sum())] * 15  # argmax of NaNs is the first class
+    assert scores.correct[::2].tolist() == score_one_by_one(nets, images, labels, pairs[::2], 5).correct.tolist()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("supernets [1] have weights that are not finite: the scores of their 15")
+    score_architectures(nets, images, labels, pairs[::2], batch_size=5)  # the other supernet alone
+    assert len(caplog.records) == 1
+
+
+def test_maps_beyond_2_31_elements_are_addressed():
+    """A plan of 12 GiB of maps, on memory that is not there (device "meta")."""
+    space = SearchSpace.named("resnet20-cifar10")
+    plan = EvaluationPlan(space, [(a, 0) for a in space], batch_size=2**16, image_size=(32, 32), itemsize=2)
+    assert plan.arena_bytes > 2**33
+    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta")
+    batch = torch.empty((2**16, 3, 32, 32), dtype=torch.bfloat16, device="meta")
+    places = [(w, s.full) for w in plan.waves for s in w.states if s.full is not None and s.full > 2**32]
+    assert places
+    for wave, offset in places:
+        maps = bmsn.evaluator._maps(plan, arena, offset, 1, plan.map_shape(wave.layer, wave.num_pools), batch)
+        assert maps.storage_offset() == offset // 2 > 2**31
+        assert maps.nbytes == wave.map_bytes
+        assert maps.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", [name for name in SPACES if "14" not in name])
+def test_weights_of_all_supernets_keep_the_alignment_that_kernels_load_fast_by(name):
+    """In bfloat16 rows, and weights within a row, lie multiples of 16 elements apart: the head's numbers are elsewhere."""
+    nets = SupernetMixture(SearchSpace.named(name, width=0.25 if name != "resnet20-cifar10" else 1.0), 2, 10)
+    weights = nets.weights(nets.arena.detach(), torch.bfloat16)
+    for tensor in [w for layer in weights.layers for w in layer.values()]:
+        assert tensor.stride(0) % 16 == 0
+        assert tensor.storage_offset() % 16 == 0
+
+
 def test_a_last_batch_with_one_value_a_channel_is_an_error():
     nets, _, _, pairs = make_case("resnet14-cifar10")
     images = torch.randn(9, 3, 4, 4, dtype=torch.double)  # last map 1x1, last batch 1 image
