@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bmsn.evaluator
+import bmsn.execution
 from bmsn.errors import InputError
 from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
 from bmsn.network import SupernetMixture
@@ -90,18 +91,61 @@ def test_calibrated_statistics_are_frozen(name, monkeypatch):
     assert found.correct.tolist() != score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
 
 
-@pytest.mark.parametrize("name", ["resnet14-cifar10", "resnet20-cifar10"])
-def test_supernets_may_share_a_run(name, monkeypatch):
-    nets, images, labels, pairs = make_case(name)
-    expected = score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize("name", ["resnet20-cifar10", "resnet50-cifar100"])
+def test_supernets_may_share_a_run(name, norm, monkeypatch):
+    """As where the kernels are ours; with frozen statistics these also scale what they convolve."""
+    nets, images, labels, _ = make_case(name, "max")
+    pairs = all_pairs(nets)
+    pairs = pairs[:: len(pairs) // 24 | 1]  # an odd step: of both supernets
+    arguments = dict(batch_size=5, norm=norm, calibration_images=images[:7] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, **arguments).correct.tolist()
     runs = []
-    plain = bmsn.evaluator._runs
-    monkeypatch.setattr("bmsn.evaluator._mixes", lambda batch, backend: True)
+    plain = bmsn.execution._runs
+    monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
     monkeypatch.setattr(
-        "bmsn.evaluator._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
+        "bmsn.execution._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
     )
-    assert score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist() == expected
+    assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
     assert any(len({state.supernet for state in run}) == 2 for run in runs)
+
+
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize(("name", "pool"), [("resnet20-cifar10", "max"), ("resnet50-cifar100", "stride")])
+def test_several_batches_at_once_are_groups_of_their_own(name, pool, norm, monkeypatch):
+    """As on a GPU with memory for it: batches of 3, three at once, one, and a last one of 2."""
+    nets, images, labels, pairs = make_case(name, pool, num_images=14)
+    arguments = dict(batch_size=3, norm=norm, calibration_images=images[:7] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, **arguments).correct.tolist()
+    sizes = []
+
+    def plan_for_three(mixture, images, pairs, *, batch_size, max_bytes):
+        if len(images) < 14:  # calibration: one group
+            return make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
+        return make_plan(mixture, images, pairs, batch_size=3 * batch_size, max_bytes=max_bytes)
+
+    plain = bmsn.evaluator.run_batches
+    monkeypatch.setattr("bmsn.evaluator.make_plan", plan_for_three)
+    monkeypatch.setattr("bmsn.evaluator.run_batches", lambda *a: sizes.append((len(a[3]), a[4])) or plain(*a))
+    monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
+    assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
+    assert sizes == ([(9, 3), (3, 1), (2, 1)] if norm == "batch" else [(7, 1), (9, 1), (3, 1), (2, 1)])
+
+
+def test_on_a_gpu_as_many_batches_go_at_once_as_memory_allows(monkeypatch):
+    nets, images, _, pairs = make_case("resnet14-cifar10", num_images=48, dtype=torch.float32)
+    monkeypatch.setattr("bmsn.evaluator._chunk_bytes", lambda device: 2**62)
+    one = make_plan(nets, images, pairs, batch_size=5)
+    monkeypatch.setattr("bmsn.evaluator._is_gpu", lambda device: True)
+    for max_bytes, batches in (
+        (3 * one.peak_bytes, 3),
+        (2**40, 9),
+        (one.peak_bytes * 3 // 2, 1),
+        (one.peak_bytes // 2, 1),
+    ):
+        plan = make_plan(nets, images, pairs, batch_size=5, max_bytes=max_bytes)
+        assert plan.batch_size == 5 * batches
+        assert plan.peak_bytes <= max_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -296,7 +340,7 @@ def test_maps_beyond_2_31_elements_are_addressed():
     places = [(w, s.full) for w in plan.waves for s in w.states if s.full is not None and s.full > 2**32]
     assert places
     for wave, offset in places:
-        maps = bmsn.evaluator._maps(plan, arena, offset, 1, plan.map_shape(wave.layer, wave.num_pools), batch)
+        maps = bmsn.execution._maps(plan, arena, offset, 1, plan.map_shape(wave.layer, wave.num_pools), batch)
         assert maps.storage_offset() == offset // 2 > 2**31
         assert maps.nbytes == wave.map_bytes
         assert maps.is_contiguous(memory_format=torch.channels_last)
@@ -304,7 +348,7 @@ def test_maps_beyond_2_31_elements_are_addressed():
 
 @pytest.mark.parametrize("name", [name for name in SPACES if "14" not in name])
 def test_weights_of_all_supernets_keep_the_alignment_that_kernels_load_fast_by(name):
-    """In bfloat16 rows, and weights within a row, lie multiples of 16 elements apart: the head's numbers are elsewhere."""
+    """In bfloat16 rows, and weights in a row, lie multiples of 16 elements apart: the head's numbers are elsewhere."""
     nets = SupernetMixture(SearchSpace.named(name, width=0.25 if name != "resnet20-cifar10" else 1.0), 2, 10)
     weights = nets.weights(nets.arena.detach(), torch.bfloat16)
     for tensor in [w for layer in weights.layers for w in layer.values()]:
