@@ -133,7 +133,7 @@ def make_plan(
     batch_size: int = 256,
     max_bytes: int | None = None,
 ) -> EvaluationPlan:
-    """The plan that `score_architectures` runs for (N, C, H, W) `images`, on a GPU for as many batches at once as fit."""
+    """The plan that `score_architectures` runs for (N, C, H, W) `images`; on a GPU, for several batches at once."""
     size = (images.shape[2], images.shape[3])
     plan = partial(
         EvaluationPlan,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -16,6 +17,7 @@ from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_
 from bmsn.network import SupernetMixture
 from bmsn.plan import EvaluationPlan
 from bmsn.space import SPACES, SearchSpace
+from stacked import device_for, needs_gpu, needs_triton
 
 
 def make_case(name, pool=None, num_images=12, dtype=torch.double):
@@ -130,6 +132,26 @@ def test_several_batches_at_once_are_groups_of_their_own(name, pool, norm, monke
     monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
     assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
     assert sizes == ([(9, 3), (3, 1), (2, 1)] if norm == "batch" else [(7, 1), (9, 1), (3, 1), (2, 1)])
+
+
+TRITON_SPACES = [
+    pytest.param("resnet14-cifar10", "max", marks=needs_triton),
+    *(pytest.param(n, p, marks=needs_gpu) for n, p in (("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg"))),
+]
+
+
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize(("name", "pool"), TRITON_SPACES)
+def test_triton_scores_both_supernets_and_two_batches_at_once(name, pool, norm, monkeypatch):
+    nets, images, labels, _ = make_case(name, pool, num_images=5, dtype=torch.float32)
+    nets, device = nets.float().to(device_for("triton")), device_for("triton")
+    pairs = [(nets.space[2], 0), (nets.space[2], 1)]
+    arguments = dict(batch_size=2, norm=norm, calibration_images=images[:4] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, backend="reference", **arguments)
+    plan = partial(make_plan, nets, images.to(device), pairs)
+    monkeypatch.setattr("bmsn.evaluator.make_plan", lambda *a, batch_size, max_bytes: plan(batch_size=2 * batch_size))
+    found = score_architectures(nets, images, labels, pairs, backend="triton", **arguments)
+    assert (found.correct - expected.correct).abs().max() <= 1
 
 
 def test_on_a_gpu_as_many_batches_go_at_once_as_memory_allows(monkeypatch):

@@ -17,7 +17,9 @@ from stacked import HAS_TRITON, INTERPRETING
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (pip install 'bmsn[triton]')")
 @pytest.mark.skipif(INTERPRETING, reason="TRITON_INTERPRET=1: the tests themselves run")
-@pytest.mark.parametrize("module", ["test_conv_bn", "test_conv_scale", "test_bn_add_relu_pool", "test_head"])
+@pytest.mark.parametrize(
+    "module", ["test_conv_bn", "test_conv_scale", "test_bn_add_relu_pool", "test_head", "test_evaluator"]
+)
 def test_in_the_interpreter(module: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"tests/{module}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
