@@ -15,9 +15,13 @@ every call, on a 64th of the images.
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -188,10 +192,43 @@ def test_scoring(benchmark: BenchmarkFixture, device: torch.device, full: bool) 
     measure(benchmark, case, whole=True, compile_=gpu or full, rounds=5 if full or gpu else 2, floor=True)
 
 
-def test_scoring_large_batches(benchmark: BenchmarkFixture, device: torch.device, full: bool) -> None:
+def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.device) -> None:
+    """To reach on an H200: 150 ms, calibrated 110 ms. Two runs give the same counts."""
+    if device.type != "cuda":
+        pytest.skip("25,000 images are for a GPU")
+    case = Case("resnet20-cifar10", 25_000, device)
+    nets, images, labels = case.nets, case.fast, case.labels
+    eager = case.peers(case.six, fast=True)
+
+    @torch.no_grad()
+    def one_by_one() -> None:
+        for net in eager:
+            for batch in images.split(256):
+                net(batch).argmax(1)
+
+    calls = {
+        "one pass": lambda: score_architectures(nets, images, labels).correct,
+        "one pass, calibrated": lambda: (
+            score_architectures(nets, images, labels, norm="calibrated", calibration_images=images[:256]).correct
+        ),
+        f"one by one, eager in the same dtype {SAMPLED}": one_by_one,
+    }
+    assert torch.equal(calls["one pass"](), calls["one pass"]())
+    benchmark.group = "scoring 36 architectures of resnet20-cifar10, 25,000 images in batches of 256, cuda"
+    torch.cuda.reset_peak_memory_stats()
+    seconds = interleaved(calls, rounds=4)
+    seconds = {
+        name: [v * (case.scale if name.endswith(SAMPLED) else 1) for v in found] for name, found in seconds.items()
+    }
+    benchmark.extra_info["batches at once"] = make_plan(nets, images, all_pairs(nets)).batch_size // 256
+    benchmark.extra_info["peak memory (GiB)"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+    report(benchmark, seconds, "one pass")
+    benchmark.pedantic(calls["one pass"], rounds=2)
+
+
+@pytest.mark.usefixtures("needs_full")
+def test_scoring_large_batches(benchmark: BenchmarkFixture, device: torch.device) -> None:
     gpu = device.type == "cuda"
-    if not (gpu or full):
-        pytest.skip("takes minutes: --full")
     measure(benchmark, Case("resnet20-cifar10", 1024, device), whole=gpu, compile_=True, rounds=3, floor=True)
 
 
@@ -200,3 +237,14 @@ def test_scoring_560_architectures(benchmark: BenchmarkFixture, device: torch.de
     """To reach on a CPU, batch 8: 4 times one by one in the same precision."""
     batch = 256 if device.type == "cuda" else 8
     measure(benchmark, Case("resnet50-cifar100", batch, device), whole=False, compile_=False, rounds=2, floor=False)
+
+
+@pytest.mark.usefixtures("needs_full")
+def test_peak_memory_of_560_architectures(benchmark: BenchmarkFixture) -> None:
+    """A process of its own scores one batch of 64 under a cap of 2 GiB, on the CPU; oneDNN's needs come on top."""
+    script = Path(__file__).with_name("peak_memory.py")
+    command = [sys.executable, str(script), "--space", "resnet50-cifar100", "--batch-size", "64", "--max-mib", "2048"]
+    benchmark.group = "peak memory of scoring 560 architectures of resnet50-cifar100, 64 images, cap 2 GiB, cpu"
+    found = benchmark.pedantic(subprocess.run, (command,), dict(check=True, capture_output=True, text=True), rounds=1)
+    benchmark.extra_info |= json.loads(found.stdout)
+    print(f"\n  {benchmark.extra_info}")

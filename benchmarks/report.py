@@ -42,7 +42,9 @@ def main() -> None:
     for file in parser.parse_args().files:
         measured = json.loads(file.read_text())
         machine, commit = measured["machine_info"], measured.get("commit_info", {})
-        print(f"## {machine.get('cpu', {}).get('brand_raw', machine['machine'])}, {measured['datetime'][:19]}, ", end="")
+        print(
+            f"## {machine.get('cpu', {}).get('brand_raw', machine['machine'])}, {measured['datetime'][:19]}, ", end=""
+        )
         print(f"Python {machine['python_version']}, commit {commit.get('id', 'unknown')[:7]}\n")
         for benchmark in measured["benchmarks"]:
             print("\n".join(table(benchmark)))
