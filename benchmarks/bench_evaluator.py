@@ -184,6 +184,10 @@ def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, compile_: b
         benchmark.extra_info["bare convolutions (GFLOP/s)"] = round(rate / 1e9)
     report(benchmark, seconds, "one pass")
     benchmark.pedantic(calls["one pass"], rounds=2)
+    fastest, reference = (statistics.median(seconds[name]) for name in ("one pass", "one pass, reference ops"))
+    assert fastest <= reference, (
+        f"auto takes {fastest:.3g} s, the reference that it could have chosen {reference:.3g} s"
+    )
 
 
 def test_scoring(benchmark: BenchmarkFixture, device: torch.device, full: bool) -> None:
