@@ -6,7 +6,7 @@ PIP := $(RUN) pip install --quiet --no-input --disable-pip-version-check --const
 INSTALL := $(PIP) setuptools pybind11 ninja && $(PIP) --no-build-isolation --editable
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
-.PHONY: search test check check-gpu bench format
+.PHONY: search test check check-gpu bench bench-report format
 
 search: .venv/.installed
 	$(RUN) bmsn.search --fast-eval
@@ -25,7 +25,13 @@ check-gpu: .venv/.test
 	.venv/bin/python tests/aot.py
 
 bench: .venv/.test
-	$(RUN) pytest benchmarks --benchmark-only
+	$(RUN) pytest benchmarks --benchmark-only $(FULL)
+
+# A table of ratios; FULL=--full runs the long ones, too.
+bench-report: .venv/.test
+	mkdir -p .benchmarks
+	$(RUN) pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/latest.json --quiet $(FULL)
+	.venv/bin/python benchmarks/report.py .benchmarks/latest.json
 
 format: .venv/.check
 	$(RUN) ruff check --fix

@@ -7,26 +7,26 @@ architecture, images and batch size only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.errors import InputError
-from bmsn.network import SupernetMixture, Weights, check_images
-from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
-from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
-from bmsn.ops.head import head
-from bmsn.plan import EvaluationPlan, Pair, PlannedState, Wave
-from bmsn.space import SearchSpace
+from bmsn.execution import Norm, run_batches
+from bmsn.network import SupernetMixture, check_images
+from bmsn.ops.checks import MAX_GROUP_PIXELS
+from bmsn.plan import CHUNK_BYTES, EvaluationPlan, Pair
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 2**30
 NormKind = Literal["batch", "calibrated"]
-_Key = tuple[int, tuple[int, ...], int, str]  # supernet, pool positions so far, layer, convolution
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,10 +82,12 @@ def score_architectures(
             once on all of `calibration_images` together and then frozen, so that an image's result depends on no other.
         backend: "auto", "reference", "cpp" or "triton": of the ops, see `bmsn.backend.resolve`.
         max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own
-            workspace do not count. None: what is fastest, about 1 GiB or one state's need if that is more.
+            workspace do not count. None: about 1 GiB on a CPU, a quarter of what is free on a GPU, or one
+            state's need if that is more.
         calibration_images: like `images`, for norm="calibrated" alone; usually from the training half.
     Returns:
-        Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16.
+        Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16. A supernet
+        with weights that are not finite is scored by its NaN logits, and a warning is logged that names it.
     Raises:
         InputError: any of these out of range, or `max_bytes` too small for one state (says how much is needed).
     """
@@ -95,15 +97,16 @@ def score_architectures(
         raise InputError(f"calibration_images are needed for norm='calibrated' and for nothing else; norm is {norm!r}")
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
+    _warn_of_nan(mixture, pairs)
     run = partial(_run_plan, mixture, pairs=pairs, backend=backend, max_bytes=max_bytes)
     if calibration_images is None:
-        correct = run(images, labels, batch_size, _Norm())
+        correct = run(images, labels, batch_size, Norm())
     else:
         nothing = torch.zeros(len(calibration_images), dtype=torch.int64)
         calibration_images, nothing = _checked(mixture, calibration_images, nothing, pairs, max(2, len(nothing)))
-        measured = _Norm(kept={})
+        measured = Norm(kept={})
         run(calibration_images.to(images.dtype), nothing, len(nothing), measured)
-        correct = run(images, labels, batch_size, _Norm(frozen=measured.kept))
+        correct = run(images, labels, batch_size, Norm(frozen=measured.kept))
     return Scores(pairs, correct.cpu(), len(images))
 
 
@@ -130,23 +133,48 @@ def make_plan(
     batch_size: int = 256,
     max_bytes: int | None = None,
 ) -> EvaluationPlan:
-    """The plan that `score_architectures` runs for (N, C, H, W) `images`."""
+    """The plan that `score_architectures` runs for (N, C, H, W) `images`; on a GPU, for several batches at once."""
+    size = (images.shape[2], images.shape[3])
     plan = partial(
         EvaluationPlan,
         mixture.space,
         pairs,
-        batch_size=min(batch_size, len(images)),
-        image_size=(images.shape[2], images.shape[3]),
+        image_size=size,
         itemsize=images.element_size(),
         # bfloat16 may be computed in float32 on the way: twice the bytes a map.
         workspace_maps=5 if images.element_size() > 2 else 9,
+        chunk_bytes=_chunk_bytes(images.device),
     )
-    if max_bytes is not None:
-        return plan(max_bytes=max_bytes)
-    try:
-        return plan(max_bytes=DEFAULT_MAX_BYTES)
-    except InputError:  # not even one state fits
-        return plan(max_bytes=None)
+    one = min(batch_size, len(images))
+    if max_bytes is None:
+        try:
+            found = plan(batch_size=one, max_bytes=_default_max_bytes(images.device))
+        except InputError:  # not even one state fits
+            return plan(batch_size=one)
+    else:
+        found = plan(batch_size=one, max_bytes=max_bytes)
+    if found.max_bytes is None or not _is_gpu(images.device):
+        return found
+    stem = size[0] * size[1] // 4 * mixture.space.stem_width if mixture.space.stem == "large" else 0
+    batches = min(
+        found.max_bytes // plan(batch_size=one).peak_bytes,
+        len(images) // batch_size,
+        MAX_GROUP_PIXELS // max(size[0] * size[1], stem) // one,  # what torch's pooling behind a stem can number, too
+    )
+    return plan(batch_size=batches * one, max_bytes=found.max_bytes) if batches > 1 else found
+
+
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    """What stays in a CPU's cache; a GPU takes all states in one launch."""
+    return sys.maxsize if _is_gpu(device) else CHUNK_BYTES
+
+
+def _default_max_bytes(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 4 if _is_gpu(device) else DEFAULT_MAX_BYTES
 
 
 def _checked(
@@ -175,6 +203,17 @@ def _checked(
     return images.to(device), labels.to(device, torch.int64)
 
 
+def _warn_of_nan(mixture: SupernetMixture, pairs: Sequence[Pair]) -> None:
+    """Every architecture uses all layers, so one weight that is not finite spoils all scores of its supernet."""
+    spoilt = set((~mixture.arena.isfinite().all(1)).nonzero().flatten().tolist())
+    supernets = [supernet for _, supernet in pairs if supernet in spoilt]
+    if supernets:
+        logger.warning(
+            "supernets %s have weights that are not finite: the scores of their %d architectures count NaN logits",
+            *(sorted(set(supernets)), len(supernets)),
+        )
+
+
 # Running a plan on one batch. -----------------------------------------------------------------------------------------
 
 
@@ -183,7 +222,7 @@ def _run_plan(
     images: Tensor,
     labels: Tensor,
     batch_size: int,
-    norm: _Norm,
+    norm: Norm,
     *,
     pairs: Sequence[Pair],
     backend: str,
@@ -194,200 +233,13 @@ def _run_plan(
     arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=images.device)
     weights = mixture.weights(mixture.arena, images.dtype)
     correct = torch.zeros(len(pairs), dtype=torch.int64, device=images.device)
-    for start in range(0, len(images), batch_size):
-        batch = images[start : start + batch_size].contiguous(memory_format=torch.channels_last)
-        _run(plan, weights, arena, batch, labels[start : start + batch_size], correct, norm, backend)
+    start = 0
+    while start < len(images):
+        left = len(images) - start
+        batches = min(left, plan.batch_size) // batch_size  # 0: the last one is smaller
+        size = batches * batch_size or left
+        batch = images[start : start + size].contiguous(memory_format=torch.channels_last)
+        groups = 1 if norm.is_frozen else max(1, batches)
+        run_batches(plan, weights, arena, batch, groups, labels[start : start + size], correct, norm, backend)
+        start += size
     return correct
-
-
-class _Norm:
-    """Where statistics come from: every batch, which `kept` may remember state by state, or what was remembered."""
-
-    def __init__(self, kept: dict[_Key, Tensor] | None = None, frozen: dict[_Key, Tensor] | None = None) -> None:
-        self.kept, self._frozen = kept, frozen
-
-    @property
-    def is_frozen(self) -> bool:
-        return self._frozen is not None
-
-    def convolve(
-        self,
-        run: Sequence[PlannedState],
-        layer: int,
-        name: str,
-        x: Tensor,
-        weight: Tensor,
-        *,
-        stats: Tensor | None = None,
-        weight_index: Tensor | None,
-        stride: int = 1,
-        shortcut_weight: Tensor | None = None,
-        backend: str,
-    ) -> ConvBn:
-        """`conv_bn` with the run's statistics; x, where it has statistics, may be overwritten."""
-        if self._frozen is None:
-            found = conv_bn(
-                x, weight, len(run), stats=stats, overwrite=stats is not None, weight_index=weight_index,
-                stride=stride, shortcut_weight=shortcut_weight, backend=backend,
-            )  # fmt: skip
-            self._keep(run, layer, name, found.stats)
-            if found.shortcut_stats is not None:
-                self._keep(run, layer, "shortcut", found.shortcut_stats)
-            return found
-        if stats is not None:
-            bn_add_relu_pool(x, stats, full=x, backend=backend)
-        y = F.conv2d(x, weight[0], stride=stride, padding=weight.shape[-1] // 2)
-        if shortcut_weight is None:
-            return ConvBn(y, self._known(run, layer, name), None, None)
-        shortcut = F.conv2d(x, shortcut_weight[0], stride=stride)
-        return ConvBn(y, self._known(run, layer, name), shortcut, self._known(run, layer, "shortcut"))
-
-    def statistics(self, run: Sequence[PlannedState], layer: int, name: str, x: Tensor, backend: str) -> Tensor:
-        """Those of a map that was convolved elsewhere."""
-        if self._frozen is not None:
-            return self._known(run, layer, name)
-        stats = batch_statistics(x, len(run), backend=backend)
-        self._keep(run, layer, name, stats)
-        return stats
-
-    def _keep(self, run: Sequence[PlannedState], layer: int, name: str, stats: Tensor) -> None:
-        if self.kept is not None:
-            for state, own in zip(run, stats.unbind(1), strict=True):
-                self.kept[state.supernet, state.pool_positions, layer, name] = own
-
-    def _known(self, run: Sequence[PlannedState], layer: int, name: str) -> Tensor:
-        assert self._frozen is not None
-        return torch.stack([self._frozen[state.supernet, state.pool_positions, layer, name] for state in run], 1)
-
-
-def _run(
-    plan: EvaluationPlan,
-    weights: Weights,
-    arena: Tensor,
-    batch: Tensor,
-    labels: Tensor,
-    correct: Tensor,
-    norm: _Norm,
-    backend: str,
-) -> None:
-    """Adds each pair's correct classifications of one batch (channels_last) to `correct`."""
-    for wave in plan.waves:
-        source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else batch.shape[1:]
-        shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
-        for run in _runs(wave, mixed=_mixes(batch, backend) and not norm.is_frozen):
-            state, groups = run[0], len(run)
-            supernets = [state.supernet for state in run]
-            rows = _Rows(weights, supernets, batch.device)
-
-            def stacked(offset: int | None, shape: tuple[int, ...], groups: int = groups) -> Tensor | None:
-                return None if offset is None else _maps(plan, arena, offset, groups, shape, batch)
-
-            source = batch if state.source is None else stacked(state.source, source_shape)
-            assert source is not None
-            full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
-            ends = _layer(plan.space, wave, run, rows, norm, source, full, pooled, backend)
-            if state.pair is not None:
-                places = [state.pair for state in run]
-                correct[places] += head(
-                    ends, labels, rows(weights.head_weight), rows(weights.head_bias), groups, weight_index=rows.index,
-                    backend="auto" if backend == "cpp" else backend,  # too little work for a C++ version of its own
-                )  # fmt: skip
-
-
-class _Rows:
-    """The weight sets of a run's states: `rows(w)`, and which of them each state takes if that is not the same one."""
-
-    def __init__(self, weights: Weights, supernets: list[int], device: torch.device) -> None:
-        self.weights, self._first = weights, supernets[0]
-        one = len(set(supernets)) == 1
-        self.index = None if one else torch.tensor(supernets, dtype=torch.int32, device=device)
-
-    def __call__(self, weight: Tensor) -> Tensor:
-        return weight[self._first : self._first + 1] if self.index is None else weight
-
-
-def _maps(
-    plan: EvaluationPlan, arena: Tensor, offset: int, groups: int, shape: tuple[int, ...], batch: Tensor
-) -> Tensor:
-    """The maps of `groups` states that begin at byte `offset`, as (groups * N, C, H, W), channels_last."""
-    channels, height, width = shape
-    start = offset // plan.batch_size * len(batch)  # the last batch may be smaller
-    size = groups * len(batch) * height * width * channels * batch.element_size()
-    maps = arena[start : start + size].view(batch.dtype).view(groups * len(batch), height, width, channels)
-    return maps.permute(0, 3, 1, 2)
-
-
-def _mixes(batch: Tensor, backend: str) -> bool:
-    """Whether states of several supernets go together: our kernels take all weight sets, a library's conv one."""
-    return batch.is_cuda or backend == "triton"
-
-
-def _runs(wave: Wave, *, mixed: bool) -> Iterator[tuple[PlannedState, ...]]:
-    """Runs of at most `chunk` states that read, and write, maps which lie one behind the other.
-
-    They are of one supernet, unless `mixed`.
-    """
-    run: list[PlannedState] = []
-    for state in wave.states:
-        if run and (len(run) == wave.chunk or not _follows(run[-1], state, wave, mixed)):
-            yield tuple(run)
-            run = []
-        run.append(state)
-    yield tuple(run)
-
-
-def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool) -> bool:
-    def one_behind(a: int | None, b: int | None, step: int) -> bool:
-        return b is None if a is None else b == a + step
-
-    return (
-        (mixed or state.supernet == before.supernet)
-        and before.source is not None
-        and one_behind(before.source, state.source, wave.source_bytes)
-        and one_behind(before.full, state.full, wave.map_bytes)
-        and one_behind(before.pooled, state.pooled, wave.map_bytes // 4)
-        and (before.pair is None) == (state.pair is None)
-    )
-
-
-def _layer(
-    space: SearchSpace,
-    wave: Wave,
-    run: Sequence[PlannedState],
-    rows: _Rows,
-    norm: _Norm,
-    x: Tensor,
-    full: Tensor | None,
-    pooled: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """One layer on the stacked states of `run`, each a statistics group; writes their maps, and returns them where no
-    child wants them."""
-    layer, stride = space.layers[wave.layer], 1 + wave.strides
-    w = {name: rows(weight) for name, weight in rows.weights.layers[wave.layer].items()}
-    conv = partial(norm.convolve, run, wave.layer, weight_index=rows.index, backend=backend)
-    if wave.layer == 0 and rows.weights.stem is not None:
-        x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
-        stats = norm.statistics(run, wave.layer, "stem", x, backend)
-        bn_add_relu_pool(x, stats, full=x, backend=backend)
-        x = F.max_pool2d(x, 3, 2, 1)
-    first, *others = layer.main
-    rides = space.block == "basic" and "shortcut" in w  # the projection, with the first convolution
-    y, stats, shortcut, shortcut_stats = conv(
-        first.name, x, w[first.name], stride=stride if first.stage == "at" else 1,
-        shortcut_weight=w["shortcut"] if rides else None,
-    )  # fmt: skip
-    if layer.kind != "stem" and not rides:
-        if "shortcut" in w:
-            shortcut, shortcut_stats, *_ = conv("shortcut", x, w["shortcut"], stride=stride)
-        else:
-            shortcut = x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
-    for step in others:
-        y, stats, *_ = conv(step.name, y, w[step.name], stats=stats, stride=stride if step.stage == "at" else 1)
-    if full is None and pooled is None:
-        full = y
-    bn_add_relu_pool(
-        y, stats, shortcut, shortcut_stats,
-        full=full, pooled=pooled, pool="avg" if space.pool == "avg" else "max", backend=backend,
-    )  # fmt: skip
-    return y

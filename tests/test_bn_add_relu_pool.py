@@ -174,6 +174,16 @@ def test_pooling_sees_the_values_rounded_to_bfloat16() -> None:
     assert out["pooled"].item() == 0.25
 
 
+def test_a_large_mean_costs_bfloat16_no_more_than_its_own_rounding() -> None:
+    """Around 1000 its steps are 4: x * rstd - mean * rstd, in float32, has far smaller ones."""
+    y = channels_last((torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 8 + 1000).bfloat16())
+    stats = batch_statistics_reference(y, 2)
+    out = empty_outputs(y, "full")
+    bn_add_relu_pool(y, stats, **out, backend="reference")
+    wanted = formula([y, stats, None, None], "full", "max")["full"]
+    torch.testing.assert_close(out["full"].double(), wanted, rtol=2**-8, atol=2**-14)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend: str) -> None:
     inputs = make_inputs((2, 1, 4, 4, 4), "normalised", torch.float32)

@@ -1,4 +1,4 @@
-"""conv_bn, conv_scale and batch_statistics: the reference against a float64 formula, Triton against both."""
+"""conv_bn and batch_statistics: the reference against a float64 formula, Triton against both."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ from bmsn.ops.conv_bn import (
     batch_statistics_reference,
     conv_bn,
     conv_bn_reference,
-    conv_scale,
-    conv_scale_reference,
 )
-from convolutions import SHAPES, convolution, formula, make_case, statistics
+from convolutions import SHAPES, formula, make_case, statistics
 from oracles import assert_no_worse
 from stacked import (
     BACKENDS,
@@ -139,97 +137,6 @@ def test_triton_stays_in_bounds(shape: tuple[int, ...], normed: bool) -> None:
     assert_guards_hold(**out)
 
 
-# conv_scale ----------------------------------------------------------------------------------------------------------
-
-
-def scale_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
-    case = make_case(shape, normed=False, dtype=dtype)
-    o = case.weight.shape[1]
-    wide = torch.promote_types(dtype, torch.float32)
-    scale, shift = random_rows(2, case.num_groups, o, seed=5, dtype=wide).clone()
-    shortcut = random_map(*conv_bn(case.x, case.weight, case.num_groups, stride=case.stride).y.shape, seed=6)
-    return {
-        "x": case.x,
-        "weight": case.weight,
-        "num_groups": case.num_groups,
-        "scale": scale,
-        "shift": shift,
-        "relu": True,
-        "shortcut": shortcut.to(dtype),
-        "weight_index": case.weight_index,
-        "stride": case.stride,
-    }
-
-
-def on(device: torch.device, arguments: dict[str, Any]) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in arguments.items()}
-
-
-def scale_formula(arguments: dict[str, Any]) -> Tensor:
-    wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in arguments.items()}
-    parts = []
-    for g, x in enumerate(wide["x"].chunk(wide["num_groups"])):
-        scale, shift = (wide[name][g].reshape(1, -1, 1, 1) for name in ("scale", "shift"))
-        weight = wide["weight"][int(wide["weight_index"][g])]
-        parts.append(convolution(x, weight, wide["stride"]) * scale + shift)
-    y = torch.cat(parts)
-    y = y if wide["shortcut"] is None else y + wide["shortcut"]
-    return y.clamp(min=0) if wide["relu"] else y
-
-
-@pytest.mark.parametrize("relu_and_shortcut", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_scaled_reference_is_the_formula(shape: tuple[int, ...], relu_and_shortcut: bool) -> None:
-    arguments = scale_arguments(shape, torch.float64)
-    if not relu_and_shortcut:
-        arguments |= {"relu": False, "shortcut": None}
-    torch.testing.assert_close(conv_scale(**arguments), scale_formula(arguments), rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("dtype", TRITON_DTYPES)
-@pytest.mark.parametrize("relu_and_shortcut", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
-def test_scaled_error_is_at_most_twice_eager(
-    shape: tuple[int, ...], relu_and_shortcut: bool, dtype: torch.dtype
-) -> None:
-    arguments = scale_arguments(shape, dtype)
-    if not relu_and_shortcut:
-        arguments |= {"relu": False, "shortcut": None}
-    found = conv_scale(**on(device_for("triton"), arguments), backend="triton")
-    assert_no_worse(found, eager=conv_scale_reference(**arguments), oracle=scale_formula(arguments))
-
-
-@needs_triton
-def test_scaled_triton_stays_in_bounds() -> None:
-    from bmsn.kernels.conv_bn import launch_conv_scale
-
-    arguments = on(device_for("triton"), scale_arguments(SHAPES[2], torch.float32))
-    wanted = conv_scale(**arguments, backend="triton")
-    y = guarded(wanted, poison=True)
-    bounded = [guarded(value) if isinstance(value, Tensor) else value for value in arguments.values()]
-    launch_conv_scale(*bounded, y)
-    assert torch.equal(y, wanted)
-    assert_guards_hold(y=y)
-
-
-@pytest.mark.parametrize("backend", WITHOUT_CPP)
-def test_a_frozen_group_may_be_one_value(backend: str) -> None:
-    x, weight = channels_last(torch.tensor([3.0, -1.0]).reshape(2, 1, 1, 1)), torch.ones(1, 1, 1, 1, 1)
-    affine = {"scale": torch.tensor([[2.0], [4.0]]), "shift": torch.tensor([[1.0], [0.5]])}
-    arguments = on(device_for(backend), {"x": x, "weight": weight, **affine})
-    y = conv_scale(**arguments, num_groups=2, relu=True, backend=backend)
-    assert y.flatten().tolist() == [7.0, 0.0]
-
-
-@pytest.mark.parametrize("backend", WITHOUT_CPP)
-def test_nan_passes_the_frozen_relu(backend: str) -> None:
-    arguments = scale_arguments((2, 1, 4, 8, 4, 4, 1, 1, False), torch.float32)
-    arguments["x"][1, 2, 0, 3] = torch.nan
-    y = conv_scale(**on(device_for(backend), arguments), backend=backend)
-    assert torch.equal(y.isnan().any(1).nonzero().cpu(), torch.tensor([[1, 0, 3]]))
-    assert y[1, :, 0, 3].isnan().all()
-
-
 # batch_statistics ----------------------------------------------------------------------------------------------------
 
 
@@ -285,10 +192,6 @@ def test_opcheck(backend: str) -> None:
     for optional in (whole, (None, None, 1, None)):
         torch.library.opcheck(ops.conv_bn.default, (case.x, case.weight, 2, *optional, backend))
     torch.library.opcheck(ops.batch_statistics.default, (case.x, 2, backend))
-    y, stats = case.run(backend)[:2]
-    for shortcut in (y, None):
-        arguments = (case.x, case.weight, 2, *stats, True, shortcut, case.weight_index, 2, backend)
-        torch.library.opcheck(ops.conv_scale.default, arguments)
 
 
 def test_bfloat16_is_rounded_once_by_the_reference() -> None:
@@ -340,12 +243,3 @@ def test_bad_input() -> None:
     fails("conv_bn has only: reference", x=x.double(), weight=weight.double(), stats=stats.double(), backend="triton")
     with pytest.raises(InputError, match="a statistics group needs at least 2 values"):
         batch_statistics(one, 2)
-
-    y = conv_bn(x, weight, 2).y
-    affine = torch.ones(2, 8)
-    for field, bad in (("scale", affine[:1]), ("shift", affine.double()), ("shift", affine[:, :1].expand(2, 8))):
-        with pytest.raises(InputError, match=rf"{field} must be \(2, 8\), contiguous, torch.float32 on cpu"):
-            conv_scale(x, weight, 2, **{"scale": affine, "shift": affine, field: bad}, relu=True)
-    for shortcut in (y[:2], y.double()):
-        with pytest.raises(InputError, match=r"shortcut must be \(4, 8, 4, 6\), torch.float32 on cpu"):
-            conv_scale(x, weight, 2, scale=affine, shift=affine, relu=True, shortcut=shortcut)

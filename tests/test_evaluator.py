@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -10,11 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bmsn.evaluator
+import bmsn.execution
 from bmsn.errors import InputError
 from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
 from bmsn.network import SupernetMixture
 from bmsn.plan import EvaluationPlan
 from bmsn.space import SPACES, SearchSpace
+from stacked import device_for, needs_gpu, needs_triton
 
 
 def make_case(name, pool=None, num_images=12, dtype=torch.double):
@@ -90,18 +93,81 @@ def test_calibrated_statistics_are_frozen(name, monkeypatch):
     assert found.correct.tolist() != score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
 
 
-@pytest.mark.parametrize("name", ["resnet14-cifar10", "resnet20-cifar10"])
-def test_supernets_may_share_a_run(name, monkeypatch):
-    nets, images, labels, pairs = make_case(name)
-    expected = score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist()
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize("name", ["resnet20-cifar10", "resnet50-cifar100"])
+def test_supernets_may_share_a_run(name, norm, monkeypatch):
+    """As where the kernels are ours; with frozen statistics these also scale what they convolve."""
+    nets, images, labels, _ = make_case(name, "max")
+    pairs = all_pairs(nets)
+    pairs = pairs[:: len(pairs) // 24 | 1]  # an odd step: of both supernets
+    arguments = dict(batch_size=5, norm=norm, calibration_images=images[:7] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, **arguments).correct.tolist()
     runs = []
-    plain = bmsn.evaluator._runs
-    monkeypatch.setattr("bmsn.evaluator._mixes", lambda batch, backend: True)
+    plain = bmsn.execution._runs
+    monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
     monkeypatch.setattr(
-        "bmsn.evaluator._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
+        "bmsn.execution._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
     )
-    assert score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist() == expected
+    assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
     assert any(len({state.supernet for state in run}) == 2 for run in runs)
+
+
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize(("name", "pool"), [("resnet20-cifar10", "max"), ("resnet50-cifar100", "stride")])
+def test_several_batches_at_once_are_groups_of_their_own(name, pool, norm, monkeypatch):
+    """As on a GPU with memory for it: batches of 3, three at once, one, and a last one of 2."""
+    nets, images, labels, pairs = make_case(name, pool, num_images=14)
+    arguments = dict(batch_size=3, norm=norm, calibration_images=images[:7] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, **arguments).correct.tolist()
+    sizes = []
+
+    def plan_for_three(mixture, images, pairs, *, batch_size, max_bytes):
+        if len(images) < 14:  # calibration: one group
+            return make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
+        return make_plan(mixture, images, pairs, batch_size=3 * batch_size, max_bytes=max_bytes)
+
+    plain = bmsn.evaluator.run_batches
+    monkeypatch.setattr("bmsn.evaluator.make_plan", plan_for_three)
+    monkeypatch.setattr("bmsn.evaluator.run_batches", lambda *a: sizes.append((len(a[3]), a[4])) or plain(*a))
+    monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
+    assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
+    assert sizes == ([(9, 3), (3, 1), (2, 1)] if norm == "batch" else [(7, 1), (9, 1), (3, 1), (2, 1)])
+
+
+TRITON_SPACES = [
+    pytest.param("resnet14-cifar10", "max", marks=needs_triton),
+    *(pytest.param(n, p, marks=needs_gpu) for n, p in (("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg"))),
+]
+
+
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize(("name", "pool"), TRITON_SPACES)
+def test_triton_scores_both_supernets_and_two_batches_at_once(name, pool, norm, monkeypatch):
+    nets, images, labels, _ = make_case(name, pool, num_images=5, dtype=torch.float32)
+    nets, device = nets.float().to(device_for("triton")), device_for("triton")
+    pairs = [(nets.space[2], 0), (nets.space[2], 1)]
+    arguments = dict(batch_size=2, norm=norm, calibration_images=images[:4] if norm == "calibrated" else None)
+    expected = score_architectures(nets, images, labels, pairs, backend="reference", **arguments)
+    plan = partial(make_plan, nets, images.to(device), pairs)
+    monkeypatch.setattr("bmsn.evaluator.make_plan", lambda *a, batch_size, max_bytes: plan(batch_size=2 * batch_size))
+    found = score_architectures(nets, images, labels, pairs, backend="triton", **arguments)
+    assert (found.correct - expected.correct).abs().max() <= 1
+
+
+def test_on_a_gpu_as_many_batches_go_at_once_as_memory_allows(monkeypatch):
+    nets, images, _, pairs = make_case("resnet14-cifar10", num_images=48, dtype=torch.float32)
+    monkeypatch.setattr("bmsn.evaluator._chunk_bytes", lambda device: 2**62)
+    one = make_plan(nets, images, pairs, batch_size=5)
+    monkeypatch.setattr("bmsn.evaluator._is_gpu", lambda device: True)
+    for max_bytes, batches in (
+        (3 * one.peak_bytes, 3),
+        (2**40, 9),
+        (one.peak_bytes * 3 // 2, 1),
+        (one.peak_bytes // 2, 1),
+    ):
+        plan = make_plan(nets, images, pairs, batch_size=5, max_bytes=max_bytes)
+        assert plan.batch_size == 5 * batches
+        assert plan.peak_bytes <= max_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -270,6 +336,46 @@ def test_bad_input_is_named(change, words):
         score_architectures(nets, **arguments)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_counted_as_nan_and_named_once(bad, caplog):
+    nets, images, labels, _ = make_case("resnet14-cifar10")
+    nets.arena.detach()[1, 100] = bad
+    pairs = [(a, m) for a in nets.space for m in (0, 1)]
+    scores = score_architectures(nets, images, labels, pairs, batch_size=5)
+    assert scores.correct[1::2].tolist() == [int((labels == 0).sum())] * 15  # argmax of NaNs is the first class
+    assert scores.correct[::2].tolist() == score_one_by_one(nets, images, labels, pairs[::2], 5).correct.tolist()
+    (record,) = caplog.records
+    assert record.getMessage().startswith("supernets [1] have weights that are not finite: the scores of their 15")
+    score_architectures(nets, images, labels, pairs[::2], batch_size=5)  # the other supernet alone
+    assert len(caplog.records) == 1
+
+
+def test_maps_beyond_2_31_elements_are_addressed():
+    """A plan of 12 GiB of maps, on memory that is not there (device "meta")."""
+    space = SearchSpace.named("resnet20-cifar10")
+    plan = EvaluationPlan(space, [(a, 0) for a in space], batch_size=2**16, image_size=(32, 32), itemsize=2)
+    assert plan.arena_bytes > 2**33
+    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device="meta")
+    batch = torch.empty((2**16, 3, 32, 32), dtype=torch.bfloat16, device="meta")
+    places = [(w, s.full) for w in plan.waves for s in w.states if s.full is not None and s.full > 2**32]
+    assert places
+    for wave, offset in places:
+        maps = bmsn.execution._maps(plan, arena, offset, 1, plan.map_shape(wave.layer, wave.num_pools), batch)
+        assert maps.storage_offset() == offset // 2 > 2**31
+        assert maps.nbytes == wave.map_bytes
+        assert maps.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("name", [name for name in SPACES if "14" not in name])
+def test_weights_of_all_supernets_keep_the_alignment_that_kernels_load_fast_by(name):
+    """In bfloat16 rows, and weights in a row, lie multiples of 16 elements apart: the head's numbers are elsewhere."""
+    nets = SupernetMixture(SearchSpace.named(name, width=0.25 if name != "resnet20-cifar10" else 1.0), 2, 10)
+    weights = nets.weights(nets.arena.detach(), torch.bfloat16)
+    for tensor in [w for layer in weights.layers for w in layer.values()]:
+        assert tensor.stride(0) % 16 == 0
+        assert tensor.storage_offset() % 16 == 0
 
 
 def test_a_last_batch_with_one_value_a_channel_is_an_error():

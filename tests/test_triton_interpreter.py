@@ -16,6 +16,7 @@ from stacked import HAS_TRITON, INTERPRETING
 
 MODULES = [
     "test_conv_bn",
+    "test_conv_scale",
     "test_bn_add_relu_pool",
     "test_head",
     "test_norm_relu_triton",

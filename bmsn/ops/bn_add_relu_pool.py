@@ -88,9 +88,19 @@ def bn_add_relu_pool(
 
 
 def normalise(x: Tensor, stats: Tensor) -> Tensor:
-    """(x - mean) * rstd in the dtype of `stats` (2, G, C); the reference of every op that applies statistics."""
-    mean, rstd = (per_image(t, len(x)) for t in stats)
-    return (x.to(stats.dtype) - mean).mul_(rstd)
+    """(x - mean) * rstd in the dtype of x; the reference of every op that applies statistics (2, G, C).
+
+    bfloat16 takes torch's own pass, which computes x * rstd - mean * rstd in float32 (ten times as fast here). With a
+    large mean that form loses digits, but none that bfloat16 holds; wider dtypes subtract first.
+    """
+    if x.dtype != torch.bfloat16:
+        mean, rstd = (per_image(t, len(x)) for t in stats)
+        return (x - mean).mul_(rstd)
+    y = torch.empty_like(x)
+    ones, zeros, unused = torch.ones_like(stats[0, 0]), torch.zeros_like(stats[0, 0]), stats.new_empty(0)
+    for group, normed, mean, rstd in zip(x.chunk(stats.shape[1]), y.chunk(stats.shape[1]), *stats, strict=True):
+        torch.native_batch_norm(group, rstd, zeros, mean, ones, False, 0.0, 0.0, out=(normed, unused, unused))
+    return y
 
 
 def per_image(values: Tensor, num_images: int) -> Tensor:
@@ -98,13 +108,24 @@ def per_image(values: Tensor, num_images: int) -> Tensor:
     return values.repeat_interleave(num_images // len(values), 0)[:, :, None, None]
 
 
-def bn_add_relu_reference(
-    y: Tensor, stats: Tensor, shortcut: Tensor | None = None, shortcut_stats: Tensor | None = None
-) -> Tensor:
+def bn_add_relu_pool_reference(
+    y: Tensor,
+    stats: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_stats: Tensor | None = None,
+    full: Tensor | None = None,
+    pooled: Tensor | None = None,
+    pool: str = "max",
+) -> None:
     z = normalise(y, stats)
     if shortcut is not None:
         z += shortcut if shortcut_stats is None else normalise(shortcut, shortcut_stats)
-    return z.relu_().to(y.dtype)
+    z = torch.clamp_min(z, 0, out=z if full is None else full)
+    if pooled is not None and pool == "max":  # three times as fast as F.max_pool2d, which keeps an int64 index
+        rows = torch.maximum(z[:, :, ::2], z[:, :, 1::2])
+        torch.maximum(rows[..., ::2], rows[..., 1::2], out=pooled)
+    elif pooled is not None:
+        pooled.copy_(F.avg_pool2d(z, 2))
 
 
 @torch.library.impl("bmsn::bn_add_relu_pool", "CompositeExplicitAutograd")
@@ -133,11 +154,7 @@ def _bn_add_relu_pool_impl(
             *(getattr(cpp.Pool, pool), y.shape[3], torch.get_num_threads()),
         )
         return
-    z = bn_add_relu_reference(y, stats, shortcut, shortcut_stats)
-    if full is not None:
-        full.copy_(z)
-    if pooled is not None:
-        pooled.copy_((F.max_pool2d if pool == "max" else F.avg_pool2d)(z, 2))
+    bn_add_relu_pool_reference(y, stats, shortcut, shortcut_stats, full, pooled, pool)
 
 
 @torch.library.register_fake("bmsn::bn_add_relu_pool")

@@ -4,7 +4,7 @@
 
 for the images of statistics group g (one state's batch). y is not normalised: it comes with its own mean and
 rstd = 1 / sqrt(variance + EPS), the variance biased, which the next op applies. `conv_scale` is the variant for frozen
-statistics, where everything behind the convolution happens before its result is stored.
+statistics.
 
 Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023, section 2.3 for what is stacked.
 """
@@ -14,24 +14,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.backend import resolve
-from bmsn.errors import InputError
-from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool, normalise, per_image
+from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool, normalise
 from bmsn.ops.checks import (
     accumulator_dtype,
     check_dense,
     check_feature_map,
     check_group_values,
     check_groups,
-    check_rows,
-    check_same_kind,
-    check_weight_index,
     group_shape,
     loaded_extension,
 )
+from bmsn.ops.convolution import check_convolution, check_weight, convolve, empty_map, output_shape
 from bmsn.ops.norm_relu import EPS
 
 torch.library.define(
@@ -40,11 +36,6 @@ torch.library.define(
     "Tensor? shortcut_weight, str backend) -> Tensor[]",
 )
 torch.library.define("bmsn::batch_statistics", "(Tensor x, int num_groups, str backend) -> Tensor")
-torch.library.define(
-    "bmsn::conv_scale",
-    "(Tensor x, Tensor weight, int num_groups, Tensor scale, Tensor shift, bool relu, Tensor? shortcut, "
-    "Tensor? weight_index, int stride, str backend) -> Tensor",
-)
 
 
 class ConvBn(NamedTuple):
@@ -94,12 +85,12 @@ def conv_bn(
     Raises:
         InputError: a dtype, rank, layout, device or shape not listed, or a group with fewer than 2 values of y.
     """
-    _check_convolution(x, weight, num_groups, weight_index, stride)
+    check_convolution(x, weight, num_groups, weight_index, stride)
     if stats is not None:
         check_dense("stats", stats, x, (2, num_groups, x.shape[1]), accumulator_dtype(x))
     if shortcut_weight is not None:
-        _check_weight("shortcut_weight", shortcut_weight, x, (*weight.shape[:3], 1, 1))
-    shape = _output_shape(x, weight, stride)
+        check_weight("shortcut_weight", shortcut_weight, x, (*weight.shape[:3], 1, 1))
+    shape = output_shape(x, weight, stride)
     check_group_values(shape[0] // num_groups * shape[2] * shape[3])
     chosen = _resolve("conv_bn", x, backend)
     if chosen == "cpp" and stats is not None and overwrite:
@@ -107,42 +98,6 @@ def conv_bn(
         stats = None
     out = torch.ops.bmsn.conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, chosen)
     return ConvBn(out[0], out[1], *((out[2], out[3]) if len(out) == 4 else (None, None)))
-
-
-def conv_scale(
-    x: Tensor,
-    weight: Tensor,
-    num_groups: int,
-    *,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
-    shortcut: Tensor | None = None,
-    weight_index: Tensor | None = None,
-    stride: int = 1,
-    backend: str = "auto",
-) -> Tensor:
-    """conv(x, weight[weight_index[g]]) * scale[g] + shift[g], + shortcut, ReLU: BatchNorm frozen. Forward only.
-
-    Args:
-        x, weight, num_groups, weight_index, stride, backend: as in `conv_bn`; a group may be a single image.
-        scale, shift: (G, O) float32 (float64 for float64): rstd and -mean * rstd of the frozen statistics.
-        relu: whether ReLU comes last.
-        shortcut: what is added before ReLU, of the output's shape, layout and dtype.
-    Returns:
-        (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x; rounded to it no earlier than at the
-        end where the kernel is ours. NaN propagates.
-    Raises:
-        InputError: as `conv_bn`, but for the size of a group.
-    """
-    _check_convolution(x, weight, num_groups, weight_index, stride)
-    shape = _output_shape(x, weight, stride)
-    for name, tensor in (("scale", scale), ("shift", shift)):
-        check_dense(name, tensor, x, (num_groups, shape[1]), accumulator_dtype(x))
-    if shortcut is not None:
-        check_same_kind("shortcut", shortcut, x, shape)
-    chosen = _resolve("conv_scale", x, backend)
-    return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
 
 
 def batch_statistics(x: Tensor, num_groups: int, *, backend: str = "auto") -> Tensor:
@@ -172,64 +127,24 @@ def conv_bn_reference(
     stride: int = 1,
     shortcut_weight: Tensor | None = None,
 ) -> list[Tensor]:
-    out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
-    a = x if stats is None else normalise(x, stats).relu().to(x.dtype)
-    _convolve_reference(a, weight, weight_index, stride, out[0].chunk(num_groups))
-    out[1].copy_(batch_statistics_reference(out[0], num_groups))
-    if shortcut_weight is not None:
-        _convolve_reference(a, shortcut_weight, weight_index, stride, out[2].chunk(num_groups))
-        out[3].copy_(batch_statistics_reference(out[2], num_groups))
-    return out
-
-
-def conv_scale_reference(
-    x: Tensor,
-    weight: Tensor,
-    num_groups: int,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
-    shortcut: Tensor | None = None,
-    weight_index: Tensor | None = None,
-    stride: int = 1,
-) -> Tensor:
-    y = _empty_map(x, weight, stride)
-    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
-    scale, shift = (per_image(t, len(x)) for t in (scale, shift))
-    z = y.to(scale.dtype) * scale + shift
-    if shortcut is not None:
-        z = z + shortcut
-    return y.copy_(z.relu() if relu else z)
+    a = x if stats is None else normalise(x, stats).relu_()
+    found = []
+    for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
+        y = convolve(a, w, num_groups, weight_index, stride)
+        found += [y, batch_statistics_reference(y, num_groups)]
+    return found
 
 
 def batch_statistics_reference(x: Tensor, num_groups: int) -> Tensor:
     stats = _empty_stats(x, num_groups, x.shape[1])
-    ones, zeros = stats.new_ones(x.shape[1]), stats.new_zeros(x.shape[1])  # their dtype is that of torch's statistics
+    zeros = torch.zeros_like(stats[0, 0])  # in the dtype that torch shall keep its sums in
     for g, group in enumerate(x.chunk(num_groups)):
-        if x.dtype == torch.bfloat16:  # torch's own sums, which cancel in float32: twice as fast
-            _, stats[0, g], stats[1, g] = torch.native_batch_norm(group, ones, zeros, None, None, True, 0.0, EPS)
+        if x.dtype == torch.bfloat16:  # ten times as fast here; its sums lose digits of a large mean in float32
+            mean, variance = torch.batch_norm_update_stats(group, zeros, zeros.clone(), 0.0)
         else:
             variance, mean = torch.var_mean(group, (0, 2, 3), correction=0)
-            stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
+        stats[0, g], stats[1, g] = mean, (variance + EPS).rsqrt()
     return stats
-
-
-def _convolve_reference(
-    a: Tensor, weight: Tensor, weight_index: Tensor | None, stride: int, out: tuple[Tensor, ...]
-) -> None:
-    for g, group in enumerate(a.chunk(len(out))):
-        row = weight[0] if weight_index is None else weight.index_select(0, weight_index[g : g + 1])[0]
-        out[g].copy_(F.conv2d(group, row, stride=stride, padding=weight.shape[-1] // 2))
-
-
-def _convolve(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> Tensor:
-    """By torch's own convolution, all groups at once where they share their weights."""
-    if weight_index is None:
-        y = F.conv2d(x, weight[0], stride=stride, padding=weight.shape[-1] // 2)
-        return y.contiguous(memory_format=torch.channels_last)
-    y = _empty_map(x, weight, stride)
-    _convolve_reference(x, weight, weight_index, stride, y.chunk(num_groups))
-    return y
 
 
 def _statistics_cpp(x: Tensor, num_groups: int) -> Tensor:
@@ -241,43 +156,12 @@ def _statistics_cpp(x: Tensor, num_groups: int) -> Tensor:
     return stats
 
 
-def _check_convolution(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> None:
-    check_feature_map("x", x)
-    check_groups(x, num_groups)
-    if stride not in (1, 2):
-        raise InputError(f"stride must be 1 or 2; got {stride}")
-    kernel = weight.shape[-1] if weight.ndim == 5 and weight.shape[-1] in (1, 3) else "k"
-    _check_weight("weight", weight, x, ("S", "O", x.shape[1], kernel, kernel))
-    check_weight_index(weight_index, x, num_groups)
-
-
-def _check_weight(name: str, weight: Tensor, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    """`shape` says what is fixed by a number, and what is free, but not 0, by a letter."""
-    fits = weight.ndim == 5 and all(
-        size == wanted if isinstance(wanted, int) else wanted != "k" and size > 0
-        for size, wanted in zip(weight.shape, shape, strict=True)
-    )
-    if not fits:
-        wanted = ", ".join(map(str, shape))
-        raise InputError(f"{name} must be ({wanted}), k 1 or 3, none of them 0; got {tuple(weight.shape)}")
-    check_rows(name, weight, x, x.dtype)
-
-
 def _resolve(op: str, x: Tensor, backend: str) -> str:
     available = ("reference",) if x.dtype == torch.float64 else None
     return resolve(op, backend, available, x.device)
 
 
 # Outputs, by the same functions for the kernels and for the fake ones. ------------------------------------------------
-
-
-def _output_shape(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int, int, int]:
-    return len(x), weight.shape[1], (x.shape[2] - 1) // stride + 1, (x.shape[3] - 1) // stride + 1
-
-
-def _empty_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    shape = _output_shape(x, weight, stride)
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _empty_stats(x: Tensor, num_groups: int, channels: int) -> Tensor:
@@ -291,7 +175,7 @@ def _empty_conv_bn(
     return [
         tensor
         for _ in range(branches)
-        for tensor in (_empty_map(x, weight, stride), _empty_stats(x, num_groups, weight.shape[1]))
+        for tensor in (empty_map(x, weight, stride), _empty_stats(x, num_groups, weight.shape[1]))
     ]
 
 
@@ -318,7 +202,7 @@ def _conv_bn_impl(
             x = normalised
         found = []
         for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
-            y = _convolve(x, w, num_groups, weight_index, stride)
+            y = convolve(x, w, num_groups, weight_index, stride)
             found += [y, _statistics_cpp(y, num_groups)]
         return found
     from bmsn.kernels.conv_bn import launch_conv_bn
@@ -326,28 +210,6 @@ def _conv_bn_impl(
     out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
     launch_conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, *out)
     return out
-
-
-@torch.library.impl("bmsn::conv_scale", "CompositeExplicitAutograd")
-def _conv_scale_impl(
-    x: Tensor,
-    weight: Tensor,
-    num_groups: int,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
-    shortcut: Tensor | None,
-    weight_index: Tensor | None,
-    stride: int,
-    backend: str,
-) -> Tensor:
-    if backend == "reference":
-        return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
-    from bmsn.kernels.conv_bn import launch_conv_scale
-
-    y = _empty_map(x, weight, stride)
-    launch_conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
-    return y
 
 
 @torch.library.impl("bmsn::batch_statistics", "CompositeExplicitAutograd")
@@ -375,22 +237,6 @@ def _conv_bn_fake(
     backend: str,
 ) -> list[Tensor]:
     return _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)
-
-
-@torch.library.register_fake("bmsn::conv_scale")
-def _conv_scale_fake(
-    x: Tensor,
-    weight: Tensor,
-    num_groups: int,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
-    shortcut: Tensor | None,
-    weight_index: Tensor | None,
-    stride: int,
-    backend: str,
-) -> Tensor:
-    return _empty_map(x, weight, stride)
 
 
 @torch.library.register_fake("bmsn::batch_statistics")

@@ -1,0 +1,69 @@
+"""conv_bn on stacked states: ours, plain torch, and the library's convolution between sweeps of ours; bfloat16 NHWC.
+
+    pytest benchmarks/bench_conv_bn.py --benchmark-only
+
+A call normalises + ReLUs its input, convolves, and measures its output: what stands between two convolutions counts
+once. The floor is the larger of two times: every map read and written once at a copy's speed, and the arithmetic at
+the speed of a large product, both measured in the same process. On a GPU the row `library conv + our sweeps` says for
+each shape whether cuDNN's convolution would win over the fused kernel.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peers import interleaved, report, report_floor
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
+from bmsn.ops.conv_bn import batch_statistics, conv_bn
+from bmsn.ops.norm_relu import EPS
+
+# channels in and out, size of the map, kernel: ResNet-20's three widths; ResNet-50's wide ends (GPU, or --full)
+SHAPES = [(16, 16, 32, 3), (32, 32, 16, 3), (64, 64, 8, 3)]
+WIDE = [(16, 16, 8, 3), (64, 64, 32, 3), (64, 256, 32, 1), (512, 512, 4, 3), (512, 2048, 4, 1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES + WIDE, ids=lambda s: "{}-{}-{}px-{}x{}".format(*s, s[3]))
+def test_conv_bn(benchmark: BenchmarkFixture, device: torch.device, full: bool, shape: tuple[int, ...]) -> None:
+    gpu = device.type == "cuda"
+    if shape in WIDE and not (gpu or full):
+        pytest.skip("takes minutes with the rest of its kind: --full")
+    groups, images = (16, 256) if gpu else (2, 128)
+    i, o, size, k = shape
+    x = torch.randn((groups * images, i, size, size), device=device).bfloat16()
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = (torch.randn((1, o, k, k, i), device=device) * (i * k * k) ** -0.5).bfloat16()
+    weight = weight.permute(0, 1, 4, 2, 3)
+    stats = batch_statistics(x, groups)
+    scratch = x.clone()
+
+    def eager() -> Tensor:
+        normed = [F.relu(F.batch_norm(part, None, None, training=True, eps=EPS)) for part in x.chunk(groups)]
+        return F.conv2d(torch.cat(normed), weight[0], padding=k // 2)
+
+    def sweeps() -> Tensor:
+        bn_add_relu_pool(x, stats, full=scratch)
+        y = F.conv2d(scratch, weight[0], padding=k // 2)
+        batch_statistics(y, groups)
+        return y
+
+    calls = {"bmsn": lambda: conv_bn(x, weight, groups, stats=stats), "eager": eager}
+    if gpu:
+        calls |= {
+            "library conv + our sweeps": sweeps,
+            "library conv alone": lambda: F.conv2d(x, weight[0], padding=k // 2),
+        }
+    with torch.no_grad():
+        found = conv_bn(x, weight, groups, stats=stats)  # the gate
+        torch.testing.assert_close(found.y, eager(), rtol=2**-5, atol=2**-4)
+        torch.testing.assert_close(found.stats, batch_statistics(eager(), groups), rtol=0.02, atol=0.01)
+        seconds = interleaved(calls, rounds=10 if gpu else 7, repeats=10 if gpu else 3)
+        benchmark.group = f"conv_bn {i}->{o} {k}x{k}, {groups} groups of {images} x {size}x{size}, {device.type}"
+        pixels = groups * images * size * size
+        moved = 2 * (pixels * (i + o) + weight.numel())
+        report_floor(benchmark, seconds["bmsn"], device, bytes_moved=moved, flop=2 * pixels * weight.numel())
+        report(benchmark, seconds, "bmsn")
+        benchmark.pedantic(calls["bmsn"], rounds=5)

@@ -1,0 +1,243 @@
+"""Running an `EvaluationPlan` on one batch: which states go together, and what a layer computes of them.
+
+A *run* of states lies one behind the other in memory: what it reads, and each kind of map that it writes, is one tensor
+of stacked batches. Statistics of BatchNorm come from the batch, or were measured before (`Norm`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bmsn.network import Weights
+from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
+from bmsn.ops.checks import accumulator_dtype
+from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
+from bmsn.ops.conv_scale import conv_scale
+from bmsn.ops.convolution import convolve
+from bmsn.ops.head import head
+from bmsn.plan import EvaluationPlan, PlannedState, Wave
+from bmsn.space import Convolution, Layer, SearchSpace
+
+_Key = tuple[int, tuple[int, ...], int, str]  # supernet, pool positions so far, layer, convolution
+
+
+class Norm:
+    """Where statistics come from: every batch, which `kept` may remember state by state, or what was remembered."""
+
+    def __init__(self, kept: dict[_Key, Tensor] | None = None, frozen: dict[_Key, Tensor] | None = None) -> None:
+        self.kept, self._frozen = kept, frozen
+
+    @property
+    def is_frozen(self) -> bool:
+        return self._frozen is not None
+
+    def keep(self, run: Sequence[PlannedState], layer: int, name: str, stats: Tensor | None) -> None:
+        if self.kept is not None and stats is not None:
+            for state, own in zip(run, stats.unbind(1), strict=True):
+                self.kept[state.supernet, state.pool_positions, layer, name] = own
+
+    def known(self, run: Sequence[PlannedState], layer: int, name: str) -> Tensor:
+        assert self._frozen is not None
+        return torch.stack([self._frozen[state.supernet, state.pool_positions, layer, name] for state in run], 1)
+
+
+def run_batches(
+    plan: EvaluationPlan,
+    weights: Weights,
+    arena: Tensor,
+    images: Tensor,
+    num_groups: int,
+    labels: Tensor,
+    correct: Tensor,
+    norm: Norm,
+    backend: str,
+) -> None:
+    """Adds each pair's correct classifications of `images` (channels_last) to `correct`.
+
+    In every state they are `num_groups` statistics groups, at most `plan.batch_size` images in all.
+    """
+    for wave in plan.waves:
+        source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else images.shape[1:]
+        shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
+        for run in _runs(wave, mixed=_mixes(images, backend)):
+            state, num_states = run[0], len(run)
+            rows = _Rows(weights, [state.supernet for state in run], num_groups, images.device)
+
+            def stacked(offset: int | None, shape: tuple[int, ...], num_states: int = num_states) -> Tensor | None:
+                return None if offset is None else _maps(plan, arena, offset, num_states, shape, images)
+
+            source = images if state.source is None else stacked(state.source, source_shape)
+            assert source is not None
+            full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
+            ends = _layer(plan.space, wave, run, rows, norm, source, full, pooled, backend)
+            if state.pair is not None:
+                places = [state.pair for state in run]
+                correct[places] += head(
+                    ends, labels, rows(weights.head_weight), rows(weights.head_bias), num_states,
+                    weight_index=rows.of_states,
+                    backend="auto" if backend == "cpp" else backend,  # too little work for a C++ version of its own
+                )  # fmt: skip
+
+
+class _Rows:
+    """The weight sets of a run's states: `rows(w)`, and which of them each takes if that is not the same one.
+
+    Attributes:
+        num_groups: statistics groups of the run, those of a state one behind the other.
+        of_states, of_groups: (states,) and (num_groups,) int32, or None: all take the one that `rows(w)` is.
+    """
+
+    def __init__(self, weights: Weights, supernets: list[int], groups_of_state: int, device: torch.device) -> None:
+        self.weights, self._first, self.num_groups = weights, supernets[0], len(supernets) * groups_of_state
+        self.of_states = self.of_groups = None
+        if len(set(supernets)) > 1:
+            self.of_states = torch.tensor(supernets, dtype=torch.int32, device=device)
+            self.of_groups = self.of_states.repeat_interleave(groups_of_state)
+
+    def __call__(self, weight: Tensor) -> Tensor:
+        return weight[self._first : self._first + 1] if self.of_states is None else weight
+
+
+def _maps(
+    plan: EvaluationPlan, arena: Tensor, offset: int, num_states: int, shape: tuple[int, ...], images: Tensor
+) -> Tensor:
+    """The maps of states that begin at byte `offset`, as (num_states * N, C, H, W), channels_last."""
+    channels, height, width = shape
+    start = offset // plan.batch_size * len(images)  # the last batch may be smaller
+    size = num_states * len(images) * height * width * channels * images.element_size()
+    maps = arena[start : start + size].view(images.dtype).view(num_states * len(images), height, width, channels)
+    return maps.permute(0, 3, 1, 2)
+
+
+def _mixes(images: Tensor, backend: str) -> bool:
+    """Whether states of several supernets go together: our kernels take all weight sets, a library's conv one."""
+    return images.is_cuda or backend == "triton"
+
+
+def _runs(wave: Wave, *, mixed: bool) -> Iterator[tuple[PlannedState, ...]]:
+    """Runs of at most `chunk` states that read, and write, maps which lie one behind the other.
+
+    They are of one supernet, unless `mixed`.
+    """
+    run: list[PlannedState] = []
+    for state in wave.states:
+        if run and (len(run) == wave.chunk or not _follows(run[-1], state, wave, mixed)):
+            yield tuple(run)
+            run = []
+        run.append(state)
+    yield tuple(run)
+
+
+def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool) -> bool:
+    def one_behind(a: int | None, b: int | None, step: int) -> bool:
+        return b is None if a is None else b == a + step
+
+    return (
+        (mixed or state.supernet == before.supernet)
+        and before.source is not None
+        and one_behind(before.source, state.source, wave.source_bytes)
+        and one_behind(before.full, state.full, wave.map_bytes)
+        and one_behind(before.pooled, state.pooled, wave.map_bytes // 4)
+        and (before.pair is None) == (state.pair is None)
+    )
+
+
+def _layer(
+    space: SearchSpace,
+    wave: Wave,
+    run: Sequence[PlannedState],
+    rows: _Rows,
+    norm: Norm,
+    x: Tensor,
+    full: Tensor | None,
+    pooled: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """One layer on the stacked states of `run`, each a statistics group; writes their maps, and returns them where no
+    child wants them."""
+    if wave.layer == 0 and rows.weights.stem is not None:
+        x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
+        if norm.is_frozen:
+            stats = norm.known(run, wave.layer, "stem")
+        else:
+            stats = batch_statistics(x, rows.num_groups, backend=backend)
+            norm.keep(run, wave.layer, "stem", stats)
+        bn_add_relu_pool(x, stats, full=x, backend=backend)
+        x = F.max_pool2d(x, 3, 2, 1)
+    compute = _scaled if norm.is_frozen and _mixes(x, backend) else _normed
+    y, stats, shortcut, shortcut_stats = compute(space.layers[wave.layer], wave, run, rows, norm, x, backend)
+    if full is None and pooled is None:
+        full = y
+    bn_add_relu_pool(
+        y, stats, shortcut, shortcut_stats,
+        full=full, pooled=pooled, pool="avg" if space.pool == "avg" else "max", backend=backend,
+    )  # fmt: skip
+    return y
+
+
+def _normed(
+    layer: Layer, wave: Wave, run: Sequence[PlannedState], rows: _Rows, norm: Norm, x: Tensor, backend: str
+) -> ConvBn:
+    """The layer's convolutions, each followed by its statistics, up to what `bn_add_relu_pool` takes."""
+    w = {name: rows(weight) for name, weight in rows.weights.layers[wave.layer].items()}
+
+    def conv(conv: Convolution, x: Tensor, stats: Tensor | None, shortcut_weight: Tensor | None = None) -> ConvBn:
+        stride = 1 + wave.strides if conv.stage == "at" else 1
+        if norm.is_frozen:
+            if stats is not None:
+                bn_add_relu_pool(x, stats, full=x, backend=backend)
+            y = convolve(x, w[conv.name], rows.num_groups, rows.of_groups, stride)
+            return ConvBn(y, norm.known(run, wave.layer, conv.name), None, None)
+        found = conv_bn(
+            x, w[conv.name], rows.num_groups, stats=stats, overwrite=stats is not None, weight_index=rows.of_groups,
+            stride=stride, shortcut_weight=shortcut_weight, backend=backend,
+        )  # fmt: skip
+        norm.keep(run, wave.layer, conv.name, found.stats)
+        norm.keep(run, wave.layer, "shortcut", found.shortcut_stats)
+        return found
+
+    first, *others = layer.main
+    # the projection, with the first convolution
+    rides = layer.kind == "basic" and layer.shortcut is not None and not norm.is_frozen
+    y, stats, shortcut, shortcut_stats = conv(first, x, None, w["shortcut"] if rides else None)
+    if layer.shortcut is not None and not rides:
+        shortcut, shortcut_stats, *_ = conv(layer.shortcut, x, None)
+    elif layer.shortcut is None and layer.kind != "stem":
+        shortcut = _identity(x, 1 + wave.strides)
+    for step in others:
+        y, stats, *_ = conv(step, y, stats)
+    return ConvBn(y, stats, shortcut, shortcut_stats)
+
+
+def _scaled(
+    layer: Layer, wave: Wave, run: Sequence[PlannedState], rows: _Rows, norm: Norm, x: Tensor, backend: str
+) -> ConvBn:
+    """The same with frozen statistics by kernels of ours: what `bn_add_relu_pool` takes is normalised already."""
+
+    def conv(conv: Convolution, x: Tensor, relu: bool = False) -> Tensor:
+        mean, scale = norm.known(run, wave.layer, conv.name)
+        weight = rows(rows.weights.layers[wave.layer][conv.name])
+        return conv_scale(
+            x, weight, rows.num_groups, scale=scale, shift=-mean * scale, relu=relu,
+            weight_index=rows.of_groups, stride=1 + wave.strides if conv.stage == "at" else 1, backend=backend,
+        )  # fmt: skip
+
+    shortcut = None
+    if layer.shortcut is not None:
+        shortcut = conv(layer.shortcut, x)
+    elif layer.kind != "stem":
+        shortcut = _identity(x, 1 + wave.strides)
+    for step in layer.main[:-1]:
+        x = conv(step, x, relu=True)
+    y = conv(layer.main[-1], x)
+    as_it_is = torch.zeros(2, rows.num_groups, y.shape[1], dtype=accumulator_dtype(y), device=y.device)
+    as_it_is[1] = 1  # mean 0, rstd 1
+    return ConvBn(y, as_it_is, shortcut, None)
+
+
+def _identity(x: Tensor, stride: int) -> Tensor:
+    return x[:, :, ::stride, ::stride].contiguous(memory_format=torch.channels_last)
