@@ -79,7 +79,7 @@ def describe_run(
     else:
         predicted = {row.architecture.index: -float(row.rank) for row in ranking}
     agreed = agreement(predicted, truth, macs)
-    within = next(row for row in ranking if row.macs <= macs[default.index])
+    within = next(row for row in ranking if row.macs_ratio <= 1)
     figures: dict[str, float | None] = {
         "accuracy": truth.get(result.best.architecture.index),
         "macs_ratio": result.best.macs_ratio,

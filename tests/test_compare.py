@@ -156,6 +156,17 @@ def test_budgets_are_drawn(folder, capsys):
     assert "Budget: 3 epochs" in capsys.readouterr().out
 
 
+def test_a_limit_on_macs_holds_for_all_methods(folder):
+    """Also where the default itself is above it: then what is within the limit is within its MACs."""
+    assert main(flags(folder, "limit", methods="random,few-shot", seeds=1, settings="batch_size=16,max_macs=0.9x")) == 0
+    _, _, content = tables(folder / "limit")
+    allowed = sum(SPACE.macs(a, num_classes=4) <= 0.9 * SPACE.macs(SPACE.default, num_classes=4) for a in SPACE)
+    for run in content["runs"]:
+        assert run["n"] == allowed - 1  # the truth lacks [2,1,4]
+        assert run["figures"]["macs_ratio"] <= 0.9
+        assert run["pick_within_macs"] == run["pick"]
+
+
 def test_a_run_of_another_schema_or_damaged_is_named(folder, capsys):
     assert main(flags(folder, "newer", methods="random", seeds=1)) == 0
     capsys.readouterr()

@@ -246,7 +246,7 @@ def test_networks_share_weights_and_compute_what_they_should():
 
 
 def test_rounds_are_interleaved_and_the_median_is_taken(monkeypatch):
-    """A clock of our own: every pass takes its network's MACs in nanoseconds, the last of three rounds ten times as long."""
+    """A clock of our own: a pass takes its MACs in nanoseconds, in the last of three rounds ten times as long."""
     calls: list[int] = []
     chosen = [SPACE[i] for i in (0, 5, 14)]
     monkeypatch.setattr(bmsn.latency, "_networks", lambda *arguments: [torch.nn.Flatten() for _ in chosen])
