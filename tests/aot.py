@@ -265,7 +265,8 @@ def cases() -> list[Case]:
         found += [_statistics_case(dtype, 64, True), _pool_case(dtype, 64, "max", "normed", True)]
         found += [_pool_case(dtype, 64, None, "normed", True), _head_case(dtype, 2048, 512, True)]
         found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
-        found += [_norm_relu_case(dtype, 64, "normed", pool, True) for pool in (False, True)]
+        for kind in ("normed", "plain", "none"):  # each leaves other code away
+            found += [_norm_relu_case(dtype, 64, kind, pool, True) for pool in (False, True)]
     found += [_cross_entropy_case(128, 10, True), _cross_entropy_case(256, 100, True), _sgd_case(270896, True, True)]
     for dtype in DTYPES:
         for shortcut in (False, True):
