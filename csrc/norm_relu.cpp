@@ -14,7 +14,6 @@
 namespace bmsn {
 namespace {
 
-
 struct Block {
     Pair at[kPairs];
 };

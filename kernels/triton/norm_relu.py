@@ -41,11 +41,12 @@ def _window(program, tiles, images, height, width, C: tl.constexpr, W: tl.conste
 @triton.jit
 def _active(grad, y, index, centred, pixel: tl.constexpr):
     """e of one pixel of each window; y: of the result, or None, and then ReLU's mask is that of the centred x."""
-    if y is None:
-        return tl.where(centred <= 0, 0.0, grad)
-    e = tl.where(y <= 0, 0.0, grad)
-    if index is not None:
-        e = tl.where(index == pixel, e, 0.0)
+    if y is None:  # (what follows an early return would be compiled as well)
+        e = tl.where(centred <= 0, 0.0, grad)
+    else:
+        e = tl.where(y <= 0, 0.0, grad)
+        if index is not None:
+            e = tl.where(index == pixel, e, 0.0)
     return e
 
 
