@@ -319,7 +319,7 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     return graphs
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "spos", "supernets": 1, "epochs": 5}], ids=["mixture", "spos"])
+@pytest.mark.parametrize("settings", [{}, {"method": "spos", "supernets": 1, "epochs": 8}], ids=["mixture", "spos"])
 def test_a_search_by_graphs_is_one_by_eager_steps(
     settings: dict[str, Any], spec: str, with_graphs: RecordedGraphs
 ) -> None:
