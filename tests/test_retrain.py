@@ -143,7 +143,7 @@ def test_folders_and_settings_that_cannot_be_used(spec, folder, tmp_path, capsys
     result = folder / "result.json"
     whole = result.read_text()
     result.write_text(json.dumps(json.loads(whole) | {"schema_version": 99}))
-    assert "schema_version must be 2; got 99" in refused(run_folder, "--top", "1")
+    assert "schema_version must be 3; got 99" in refused(run_folder, "--top", "1")
     result.write_text(whole[:100])
     assert "not a result of bmsn.search" in refused(run_folder, "--top", "1")
     result.unlink()
