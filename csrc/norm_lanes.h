@@ -1,5 +1,5 @@
 // Pairs of vectors: 32 values of float32 or bfloat16 at a time, computed in float32 by plain vector extensions.
-// Included by one source file, whose functions inline everything here for the instruction set they are compiled for.
+// Source files include it whose functions inline everything here for the instruction set they are compiled for.
 #pragma once
 
 #include <algorithm>

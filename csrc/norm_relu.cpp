@@ -6,44 +6,16 @@
 #include <numeric>
 #include <type_traits>
 
+#include "clones.h"
 #include "norm_lanes.h"
-
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
-#define BMSN_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define BMSN_CLONES  // (the sanitizers' run-time is not up yet when a clone is chosen)
-#endif
+#include "partition.h"
+#include "pool_lines.h"
 
 namespace bmsn {
 namespace {
 
-constexpr std::int64_t kPairs = 2;  // independent sums hide the latency of an addition
-constexpr std::int64_t kBlock = kPair * kPairs;
-using Bits32 __attribute__((may_alias)) = std::uint32_t;
-constexpr std::int64_t kChunk = 16384;  // values: 32 KiB of bfloat16 stay in the first-level cache between two sweeps
-
 struct Block {
     Pair at[kPairs];
-};
-
-struct Chunk {
-    std::int64_t channels, rows, width;
-};
-
-// Rows are laid side by side until they fill whole blocks: block and lane then say the channel, whatever their number.
-struct Partition {
-    Partition(const NormShape& shape)
-        : channels(shape.channels), rows(shape.rows), width(std::lcm(shape.channels, kBlock)),
-          chunk_rows(std::max<std::int64_t>(1, kChunk / width) * (width / channels)),
-          chunks((rows + chunk_rows - 1) / chunk_rows), tasks(shape.groups * chunks) {}
-
-    std::int64_t group(std::int64_t task) const { return task / chunks; }
-    std::int64_t first_row(std::int64_t task) const { return task % chunks * chunk_rows; }
-    std::int64_t num_rows(std::int64_t task) const { return std::min(chunk_rows, rows - first_row(task)); }
-    Chunk chunk(std::int64_t task) const { return {channels, num_rows(task), width}; }
-    std::int64_t offset(std::int64_t task) const { return (group(task) * rows + first_row(task)) * channels; }
-
-    std::int64_t channels, rows, width, chunk_rows, chunks, tasks;
 };
 
 // The values of a block's lanes out of one value for each channel.
@@ -279,88 +251,6 @@ void statistics(const NormShape& shape, const T* x, float* stats, double eps, in
             moments_of(part.chunk(task), x + part.offset(task), near_mean.get(), totals.get() + task * 3 * part.channels);
     }
     join_moments(part, shape.groups, totals.get(), eps, stats, stats + shape.groups * part.channels);
-}
-
-// Two lines of an image become one of half the width. Behind ReLU nothing is negative, so that values are ordered as their
-// bits are, NaN above all.
-template <typename Bits>
-BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits* lines, Bits* out) {
-    const Bits* const below = lines + width * channels;
-    for (std::int64_t x = 0; x < width / 2; ++x)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const std::int64_t left = 2 * x * channels + c, right = left + channels;
-            out[x * channels + c] = std::max(std::max(lines[left], lines[right]), std::max(below[left], below[right]));
-        }
-}
-
-// The same, and which of the four it was: the first of equal ones.
-template <typename Bits>
-BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits* lines, Bits* out, std::uint8_t* index) {
-    const Bits* const below = lines + width * channels;
-    for (std::int64_t x = 0; x < width / 2; ++x)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const std::int64_t left = 2 * x * channels + c, right = left + channels;
-            const Bits top = std::max(lines[left], lines[right]), bottom = std::max(below[left], below[right]);
-            const auto top_place = static_cast<std::uint8_t>(lines[right] > lines[left]);
-            const auto bottom_place = static_cast<std::uint8_t>(2 + (below[right] > below[left]));
-            out[x * channels + c] = std::max(top, bottom);
-            index[x * channels + c] = bottom > top ? bottom_place : top_place;
-        }
-}
-
-// One of the four gets the gradient of the window, if that was positive (or NaN).
-template <typename Bits>
-BMSN_INLINE void unpool(std::int64_t width, std::int64_t channels, const Bits* grad, const Bits* pooled, const std::uint8_t* index,
-                        Bits* lines) {
-    Bits* const below = lines + width * channels;
-    for (std::int64_t x = 0; x < width / 2; ++x)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const std::int64_t at = x * channels + c, left = 2 * x * channels + c, right = left + channels;
-            const Bits value = pooled[at] != 0 ? grad[at] : 0;
-            lines[left] = index[at] == 0 ? value : 0;
-            lines[right] = index[at] == 1 ? value : 0;
-            below[left] = index[at] == 2 ? value : 0;
-            below[right] = index[at] == 3 ? value : 0;
-        }
-}
-
-BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const float* grad, const float* pooled,
-                              const std::uint8_t* index, float* lines) {
-    unpool(width, channels, reinterpret_cast<const Bits32*>(grad), reinterpret_cast<const Bits32*>(pooled), index,
-           reinterpret_cast<Bits32*>(lines));
-}
-BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const std::uint16_t* grad, const std::uint16_t* pooled,
-                              const std::uint8_t* index, std::uint16_t* lines) {
-    unpool(width, channels, grad, pooled, index, lines);
-}
-
-template <typename T>
-BMSN_INLINE void pool_mean(std::int64_t width, std::int64_t channels, const T* lines, T* out) {
-    const T* const below = lines + width * channels;
-    for (std::int64_t x = 0; x < width / 2; ++x)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            const std::int64_t left = 2 * x * channels + c, right = left + channels;
-            const float sum = widened(lines[left]) + widened(lines[right]) + widened(below[left]) + widened(below[right]);
-            narrow(out[x * channels + c], 0.25f * sum);
-        }
-}
-
-template <typename Bits, typename T>
-BMSN_INLINE void pool(Pool pool, std::int64_t width, std::int64_t channels, const T* lines, T* out, std::uint8_t* index) {
-    static_assert(sizeof(T) == sizeof(Bits));
-    const auto* const from = reinterpret_cast<const Bits*>(lines);
-    if (pool == Pool::mean) return pool_mean(width, channels, lines, out);
-    index ? pool_max(width, channels, from, reinterpret_cast<Bits*>(out), index)
-          : pool_max(width, channels, from, reinterpret_cast<Bits*>(out));
-}
-
-BMSN_CLONES void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const float* lines, float* out,
-                            std::uint8_t* index) {
-    pool<Bits32>(kind, width, channels, lines, out, index);
-}
-BMSN_CLONES void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const std::uint16_t* lines, std::uint16_t* out,
-                            std::uint8_t* index) {
-    pool<std::uint16_t>(kind, width, channels, lines, out, index);
 }
 
 template <typename T>

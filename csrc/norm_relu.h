@@ -13,6 +13,8 @@
 
 #include <cstdint>
 
+#include "pool_lines.h"
+
 namespace bmsn {
 
 struct NormShape {
@@ -20,7 +22,6 @@ struct NormShape {
 };
 
 enum class Shortcut : int { none, plain, normalised };
-enum class Pool : int { max, mean };
 
 // stats: (branches, 2, groups, channels), mean and rstd of x, then of the shortcut where that is normalised too.
 template <typename T>

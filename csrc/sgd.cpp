@@ -4,11 +4,7 @@
 #include <bit>
 #include <cmath>
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define BMSN_FMA_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define BMSN_FMA_CLONES  // (the sanitizers' run-time is not up yet when a clone is chosen)
-#endif
+#include "clones.h"
 
 namespace bmsn {
 namespace {

@@ -17,7 +17,7 @@ cpp = extension()
 needs_instructions = pytest.mark.skipif(
     cpp is None or not cpp.has_conv_weight_gradient(), reason="bmsn._C was not built, or no AVX512-BF16"
 )
-# images, in, out, H, W: one image of one pair of pixels; one row; more images than parts, uneven; all blocks; ResNet-20's
+# images, in, out, H, W: one pair of pixels; one row; more images than parts, uneven; several blocks; ResNet-20's
 SHAPES = [(1, 16, 16, 1, 2), (3, 16, 32, 1, 6), (37, 16, 16, 5, 4), (5, 48, 64, 7, 10), (16, 32, 32, 16, 16)]
 
 

@@ -152,7 +152,7 @@ def test_opcheck(backend: str) -> None:
 
 def test_bad_input() -> None:
     logits, labels = make_inputs(SHAPES[1])
-    with pytest.raises(InputError, match="logits must be float32 or float64 .* got torch.bfloat16"):
+    with pytest.raises(InputError, match=r"logits must be float32 or float64 .* got torch.bfloat16"):
         cross_entropy(logits.bfloat16(), labels)
     for bad in (logits[0], logits.mT, logits[:, :0]):
         with pytest.raises(InputError, match=r"logits must be \(N, K\), contiguous, with at least 1 of each"):

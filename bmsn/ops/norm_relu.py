@@ -189,9 +189,7 @@ def _empty_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.channels_last)
 
 
-def _outputs(
-    x: Tensor, num_groups: int, max_pool: bool, normalise_shortcut: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(x: Tensor, num_groups: int, max_pool: bool, normalise_shortcut: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Empty y, stats (branches, 2, G, C) float32: mean and rstd of x, then of a normalised shortcut; and index."""
     images, channels, height, width = x.shape
     halves = (images, channels, height // 2, width // 2)

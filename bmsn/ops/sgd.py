@@ -21,8 +21,8 @@ from bmsn.ops.checks import check_dense, loaded_extension
 
 torch.library.define(
     "bmsn::sgd",
-    "(Tensor(a!) weights, Tensor(b!) velocity, Tensor(c!)? copies, Tensor gradient, Tensor row, Tensor lr, Tensor loss, "
-    "float momentum, float weight_decay, str backend) -> ()",
+    "(Tensor(a!) weights, Tensor(b!) velocity, Tensor(c!)? copies, Tensor gradient, Tensor row, Tensor lr, "
+    "Tensor loss, float momentum, float weight_decay, str backend) -> ()",
 )
 
 
