@@ -125,8 +125,12 @@ class SearchState:
         )
 
 
-def train_and_validate(state: SearchState, architecture: Architecture) -> None:
-    """The first part of a step: trains the drawn supernet, then validates it. Waits for nothing."""
+def train_and_validate(state: SearchState, architecture: Architecture) -> tuple[Tensor, Tensor]:
+    """The first part of a step: trains the drawn supernet, then validates it. Waits for nothing.
+
+    Returns:
+        loss: (), not finite where the update was skipped; correct: () int64, of the validation batch.
+    """
     settings, row = state.settings, state.mixture.supernet
     place = state.step.view(1)
     images, labels = state.train.at(state.step)
@@ -139,6 +143,7 @@ def train_and_validate(state: SearchState, architecture: Architecture) -> None:
     state.losses.index_copy_(0, place, loss.view(1))
     state.correct.index_copy_(0, place, correct.view(1))
     state.supernets.index_copy_(0, place, row.view(1))
+    return loss, correct
 
 
 @torch.no_grad()
@@ -152,12 +157,11 @@ def count_correct(state: SearchState, architecture: Architecture, images: Tensor
     return cross_entropy(nets.forward_weights(weights, images, architecture), labels)[1]
 
 
-def observe_and_draw(state: SearchState) -> None:
+def observe_and_draw(state: SearchState, loss: Tensor, correct: Tensor) -> None:
     """The second part: tells the mixture, draws the next step's supernet, counts the step. Waits for nothing."""
-    settings, place = state.settings, state.step.view(1)
+    settings = state.settings
     mixture_step(
-        state.mixture, state.step,
-        state.correct.index_select(0, place)[0], state.losses.index_select(0, place)[0].isfinite(),
+        state.mixture, state.step, correct, loss.isfinite(),
         num_images=state.validation.batch_size, ema_decay=settings.ema_decay, tol=settings.tol,
         balance_every=settings.balance_every,
     )  # fmt: skip
@@ -166,8 +170,7 @@ def observe_and_draw(state: SearchState) -> None:
 
 def search_step(state: SearchState, architecture: Architecture) -> None:
     """One step of a search."""
-    train_and_validate(state, architecture)
-    observe_and_draw(state)
+    observe_and_draw(state, *train_and_validate(state, architecture))
 
 
 class Graph(Protocol):
@@ -239,9 +242,9 @@ class Engine:
                 state.validation.prepare(step)
                 index = self._drawn[step]
                 if refresh is not None and step == stop - 1:
-                    train_and_validate(state, self._architectures[index])
+                    measured = train_and_validate(state, self._architectures[index])
                     refresh()
-                    observe_and_draw(state)
+                    observe_and_draw(state, *measured)
                 else:
                     self._step(index)
             return self._look(start, stop)

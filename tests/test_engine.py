@@ -6,8 +6,12 @@ Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -19,7 +23,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 import bmsn
 from bmsn import engine, engine_mixture
 from bmsn.checkpoint import CheckpointStore
-from bmsn.engine import Engine, SearchState, choose_engine, search_step, tensors_of
+from bmsn.cuda_graphs import CudaGraphs
+from bmsn.engine import Engine, GraphMemoryError, SearchState, choose_engine, search_step, tensors_of
 from bmsn.errors import InputError, RunStopped
 from bmsn.mixture import BalancedMixture
 from bmsn.ops.batches import augment_reference
@@ -231,6 +236,63 @@ def test_the_choice_of_an_engine(monkeypatch: pytest.MonkeyPatch, caplog: pytest
     assert "engine graphs needs Triton's kernels" in caplog.text
 
 
+def test_images_lie_where_they_fit(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (8 * 2**30, 9 * 2**30))
+    assert engine_mixture.image_device(10**12, cpu) == cpu
+    assert engine_mixture.image_device(4 * 2**30, cuda) == cuda
+    assert not caplog.records
+    assert engine_mixture.image_device(4 * 2**30 + 1, cuda) == cpu
+    assert "the images take 4.0 GiB and the GPU has 8.0 GiB free" in caplog.text
+
+
+class PretendedCuda:
+    """Just enough of torch.cuda for `CudaGraphs`: says in `calls` what it was asked, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[str] = []
+        self.fails = False  # the capture runs out of memory
+
+        @contextmanager
+        def said(name: str, *_: object, **__: object) -> Iterator[None]:
+            self.calls.append(f"enter {name}")
+            try:
+                yield
+            finally:
+                self.calls.append(f"leave {name}")
+                if name == "graph" and self.fails:
+                    raise RuntimeError("the capture was invalidated")
+
+        stream = MagicMock()
+        for name, value in {
+            "graph_pool_handle": lambda: (0, 1), "Stream": lambda device: stream, "CUDAGraph": MagicMock,
+            "current_stream": lambda device: stream, "synchronize": lambda device: self.calls.append("synchronize"),
+            "stream": partial(said, "stream"), "graph": partial(said, "graph"), "memory_reserved": lambda device: 2**30,
+            "mem_get_info": lambda device: (2**30, 4 * 2**30),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+
+
+def test_cuda_graphs_warm_up_first_and_say_what_memory_was_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `CudaGraphs` only its order of calls and its errors: what CUDA makes of them, test_engine_gpu.py tells."""
+    cuda = PretendedCuda(monkeypatch)
+    backend = CudaGraphs(torch.device("cuda"))
+    backend.capture(lambda: cuda.calls.append("warm up"), lambda: cuda.calls.append("step"))
+    warm = ["enter stream", "warm up", "leave stream", "synchronize"]
+    assert cuda.calls == [*warm, "enter graph", "step", "leave graph"]
+
+    def runs_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB\nmore")
+
+    needed = r"more than 2\.00 GiB were needed, the GPU has 4\.00 GiB \(CUDA out of memory\. Tried to allocate 3 GiB\)"
+    for fails in (False, True):
+        cuda.fails = fails
+        with pytest.raises(GraphMemoryError, match=needed):
+            backend.capture(lambda: None, runs_out)
+    with pytest.raises(RuntimeError, match="invalidated"):
+        backend.capture(lambda: None, lambda: None)
+
+
 # In a search. ---------------------------------------------------------------------------------------------------------
 
 
@@ -257,13 +319,16 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     return graphs
 
 
-def test_a_search_by_graphs_is_one_by_eager_steps(spec: str, with_graphs: RecordedGraphs) -> None:
-    by_graphs = search(spec)
+@pytest.mark.parametrize("settings", [{}, {"method": "spos", "supernets": 1, "epochs": 8}], ids=["mixture", "spos"])
+def test_a_search_by_graphs_is_one_by_eager_steps(
+    settings: dict[str, Any], spec: str, with_graphs: RecordedGraphs
+) -> None:
+    by_graphs = search(spec, **settings)
     assert with_graphs.captured == 15
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_mixture, "graph_backend", lambda name, device: None)
         patch.setattr("bmsn.methods.mixture.runs_ahead", lambda device: False)
-        assert search(spec) == by_graphs
+        assert search(spec, **settings) == by_graphs
 
 
 def test_a_search_is_resumed_by_the_other_engine(spec: str, tmp_path: Any, with_graphs: RecordedGraphs) -> None:
@@ -287,6 +352,11 @@ def test_a_search_is_resumed_by_the_other_engine(spec: str, tmp_path: Any, with_
     states = [CheckpointStore(tmp_path / name / "checkpoints").load_latest() for name in ("whole", "run")]
     (arena, other) = (state[1]["loop"]["method"]["arena"] for state in states if state is not None)
     assert torch.equal(arena, other)
+
+
+def test_other_methods_take_no_engine(spec: str) -> None:
+    with pytest.raises(InputError, match="engine does not fit method mcts: it must be auto; got graphs"):
+        bmsn.SearchConfig(space="resnet14-cifar10", data=spec, method="mcts", engine="graphs").filled()
 
 
 def test_graphs_on_a_cpu_are_bad_input(spec: str, capsys: pytest.CaptureFixture[str]) -> None:
