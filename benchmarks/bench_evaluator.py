@@ -142,7 +142,7 @@ def compiled(case: Case) -> tuple[list[Callable[[Tensor], Tensor]], float]:
     return networks, time.perf_counter() - start
 
 
-def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, compile_: bool, rounds: int, floor: bool) -> None:
+def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, rounds: int, floor: bool) -> None:
     """All rows of one space and batch size; `whole`: every architecture of the eager peers, else six, scaled."""
     chosen = list(case.space) if whole else case.six
     scale, note = (1.0, "") if whole else (case.scale, " " + SAMPLED)
@@ -164,11 +164,6 @@ def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, compile_: b
     }
     scales = dict.fromkeys([name for name in calls if name.endswith(SAMPLED)], scale)
     benchmark.extra_info |= case.errors()
-    if compile_:
-        networks, seconds_compiling = compiled(case)
-        name = f"one by one, compiled {SAMPLED}"
-        calls[name], scales[name] = case.one_by_one(networks, True), case.scale
-        benchmark.extra_info["compiling one architecture (s)"] = round(seconds_compiling / len(networks), 1)
     if floor:
         bare = {
             states: bare_convolutions(case, states) for states in ((36,) if case.device.type == "cuda" else (1, 2, 4))
@@ -193,7 +188,26 @@ def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, compile_: b
 def test_scoring(benchmark: BenchmarkFixture, device: torch.device, full: bool) -> None:
     gpu = device.type == "cuda"
     case = Case("resnet20-cifar10", 256, device)
-    measure(benchmark, case, whole=True, compile_=gpu or full, rounds=5 if full or gpu else 2, floor=True)
+    measure(benchmark, case, whole=True, rounds=5 if full or gpu else 2, floor=True)
+
+
+@pytest.mark.parametrize("batch", [256, 1024])
+def test_scoring_against_compiled(benchmark: BenchmarkFixture, device: torch.device, full: bool, batch: int) -> None:
+    if not full and (batch > 256 or device.type == "cpu"):
+        pytest.skip("takes minutes: --full")
+    case = Case("resnet20-cifar10", batch, device)
+    benchmark.group = (
+        f"scoring 36 architectures of resnet20-cifar10 against compiled ones, {batch} images, {device.type}"
+    )
+    networks, seconds_compiling = compiled(case)
+    benchmark.extra_info["compiling one architecture (s)"] = round(seconds_compiling / len(networks), 1)
+    compiled_ones, peers = case.one_by_one(networks, True), case.one_by_one(case.peers(case.six, True), True)
+    assert (compiled_ones() - peers()).abs().max() <= max(3, batch // 50)  # the gate
+    name = f"one by one, compiled {SAMPLED}"
+    seconds = interleaved({"one pass": case.ours(), name: compiled_ones}, rounds=5)
+    seconds[name] = [case.scale * value for value in seconds[name]]
+    report(benchmark, seconds, "one pass")
+    benchmark.pedantic(case.ours(), rounds=2)
 
 
 def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.device) -> None:
@@ -233,14 +247,14 @@ def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.devi
 @pytest.mark.usefixtures("needs_full")
 def test_scoring_large_batches(benchmark: BenchmarkFixture, device: torch.device) -> None:
     gpu = device.type == "cuda"
-    measure(benchmark, Case("resnet20-cifar10", 1024, device), whole=gpu, compile_=True, rounds=3, floor=True)
+    measure(benchmark, Case("resnet20-cifar10", 1024, device), whole=gpu, rounds=3, floor=True)
 
 
 @pytest.mark.usefixtures("needs_full")
 def test_scoring_560_architectures(benchmark: BenchmarkFixture, device: torch.device) -> None:
     """To reach on a CPU, batch 8: 4 times one by one in the same precision."""
     batch = 256 if device.type == "cuda" else 8
-    measure(benchmark, Case("resnet50-cifar100", batch, device), whole=False, compile_=False, rounds=2, floor=False)
+    measure(benchmark, Case("resnet50-cifar100", batch, device), whole=False, rounds=2, floor=False)
 
 
 @pytest.mark.usefixtures("needs_full")

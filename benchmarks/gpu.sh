@@ -54,10 +54,14 @@ part() {
     esac
 }
 
+# bench NAME SECONDS FILE [OPTIONS]: its results into NAME.json
+BENCHES=()
 bench() {
-    local name=$1 limit=$2
-    shift 2
-    part "$name" "$limit" "$PYTHON" -m pytest "benchmarks/bench_$name.py" --benchmark-only -q -s -p no:cacheprovider \
+    local name=$1 limit=$2 file=$3
+    shift 3
+    BENCHES+=("$name")
+    rm -f "$OUT/$name.json" # of an earlier run
+    part "$name" "$limit" "$PYTHON" -m pytest "benchmarks/bench_$file.py" --benchmark-only -q -s -p no:cacheprovider \
         --benchmark-json="$OUT/$name.json" "$@"
 }
 
@@ -69,15 +73,17 @@ PARALLEL=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then PARALLEL=(-n 8); fi
 
 part build 60 env BMSN_BUILD_EXT=1 "$PYTHON" setup.py --quiet build_ext --build-lib "$SITE" --build-temp "$OUT/build"
-part tests 170 "$PYTHON" -m pytest tests -q -p no:cacheprovider -k "triton or cuda" "${PARALLEL[@]}" \
+part tests 145 "$PYTHON" -m pytest tests -q -p no:cacheprovider -k "triton or cuda" "${PARALLEL[@]}" \
     --ignore tests/test_triton_aot.py --ignore tests/test_triton_interpreter.py
-bench conv_bn 60
-bench bn_add_relu_pool 30
-bench head 30
-bench evaluator 140
-bench training 45 -k cuda
+bench scoring_half 35 evaluator -k validation_half
+bench scoring 60 evaluator -k "not validation_half and not compiled"
+bench conv_bn 50 conv_bn
+bench bn_add_relu_pool 25 bn_add_relu_pool
+bench head 25 head
+bench training 40 training -k cuda
+bench compiled 75 evaluator -k compiled
 
-for name in conv_bn bn_add_relu_pool head evaluator training; do
+for name in "${BENCHES[@]}"; do
     if [ -s "$OUT/$name.json" ]; then "$PYTHON" benchmarks/report.py "$OUT/$name.json"; fi
 done >"$OUT/table.md" 2>"$OUT/report.log"
 cat "$OUT/table.md"

@@ -65,8 +65,8 @@ class Usage:
     shared: int
 
 
-def record(launch: Callable[[], None]) -> list[Launch]:
-    """Runs a launcher with recorders in place of all kernels."""
+def record(launch: Callable[[], None], grids: list[int] | None = None) -> list[Launch]:
+    """Runs a launcher with recorders in place of all kernels; into `grids`: how many programs each has."""
     launches: list[Launch] = []
 
     class Recorder:
@@ -74,6 +74,8 @@ def record(launch: Callable[[], None]) -> list[Launch]:
             self.kernel = kernel
 
         def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            if grids is not None:
+                grids.append(grid[0])
             return lambda *args, **options: launches.append(Launch(self.kernel, args, options))
 
     modules = {*(kernels(name) for name in SHARED), importlib.import_module(_module_of(launch))}

@@ -205,6 +205,14 @@ def test_bfloat16_is_rounded_once_by_the_reference() -> None:
     )
 
 
+def test_maps_beyond_2_31_elements_are_taken_in_smaller_groups() -> None:
+    x = torch.empty((2**18, 16, 64, 64), device="meta", memory_format=torch.channels_last)
+    assert x.numel() == 2**34
+    found = conv_bn(x, random_rows(1, 16, 16, 3, 3, seed=1).to("meta"), 8)
+    assert found.y.shape == x.shape
+    assert found.stats.shape == (2, 8, 16)
+
+
 def test_bad_input() -> None:
     case = make_case((2, 2, 4, 8, 4, 6, 3, 1, True), normed=True)
     x, weight, index, stats = case.x, case.weight, case.weight_index, case.stats

@@ -14,22 +14,24 @@ import pytest
 from installation import REPOSITORY
 from stacked import HAS_TRITON, INTERPRETING
 
-MODULES = [
-    "test_conv_bn",
-    "test_conv_scale",
-    "test_bn_add_relu_pool",
-    "test_head",
-    "test_norm_relu_triton",
-    "test_cross_entropy",
-    "test_sgd",
-    "test_batches",
-    "test_mixture_step",
-]
+MODULES = (
+    "conv_bn",
+    "conv_scale",
+    "bn_add_relu_pool",
+    "head",
+    "evaluator",
+    "triton_addresses",
+    "norm_relu_triton",
+    "cross_entropy",
+    "sgd",
+    "batches",
+    "mixture_step",
+)
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed (pip install 'bmsn[triton]')")
 @pytest.mark.skipif(INTERPRETING, reason="TRITON_INTERPRET=1: the tests themselves run")
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", [f"test_{name}" for name in MODULES])
 def test_in_the_interpreter(module: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", f"tests/{module}.py"]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
