@@ -1,4 +1,4 @@
-"""What the commands that share out tasks have in common: exit codes, signals, and lines of progress."""
+"""What the commands have in common: exit codes and signals, and lines of progress of those that share out tasks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 from bmsn.errors import InputError, RunStopped
 from bmsn.run import Interrupted
@@ -14,6 +15,8 @@ from bmsn.runfolder import SignalFlag
 from bmsn.scheduler import TaskProgress
 
 EXIT_INPUT, EXIT_STOPPED, EXIT_STDOUT_CLOSED = 2, 3, 141
+
+_T = TypeVar("_T")
 _LINE_SECONDS = 30  # from one line of progress to the next
 
 
@@ -44,29 +47,32 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def run_command(
-    program: str,
-    run: Callable[[Callable[[], bool], Callable[[TaskProgress], None]], tuple[str, Mapping[str, str]]],
-    noun: str = "networks",
-) -> int:
+def until_signalled(run: Callable[[Callable[[], bool]], _T]) -> _T:
+    """`run(should_stop)`, which SIGTERM and SIGINT ask to stop; its Interrupted then has the signal's exit code."""
+    with SignalFlag() as signals:
+        try:
+            return run(lambda: signals.signal_number is not None)
+        except Interrupted as stopped:
+            stopped.exit_code = signals.exit_code
+            raise
+
+
+def run_command(program: str, run: Callable[[], tuple[str, Mapping[str, str]]]) -> int:
     """Runs a command; returns its exit code (the README lists them).
 
     Args:
         program: for messages.
-        run: takes `should_stop` and `progress`; returns what to print, and the tasks that failed with their reasons.
-        noun: what the tasks are.
+        run: returns what to print, and the tasks that failed with their reasons.
     """
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     logging.getLogger("bmsn").setLevel(logging.INFO)
-    signals = SignalFlag()
     try:
-        with signals:
-            text, failed = run(lambda: signals.signal_number is not None, ProgressLines(noun))
+        text, failed = run()
         print(text)
         sys.stdout.flush()
     except Interrupted as stopped:
         print(f"{program}: {stopped}", file=sys.stderr)
-        return signals.exit_code
+        return stopped.exit_code
     except InputError as error:
         print(f"{program}: error: {error}", file=sys.stderr)
         return EXIT_INPUT
@@ -74,7 +80,7 @@ def run_command(
         print(f"{program}: stopped: {error}", file=sys.stderr)
         return EXIT_STOPPED
     except BrokenPipeError:
-        # The table is in the folder; keep the interpreter from flushing into the closed pipe again.
+        # The result is in a folder, if one was given; keep the interpreter from flushing into the closed pipe again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_STDOUT_CLOSED
     for label, reason in failed.items():

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import tyro
 
-from bmsn.command import run_command
+from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
 from bmsn.comparison_figures import Paired, Row, Summary
-from bmsn.scheduler import TaskProgress
 
 PROGRAM = "python -m bmsn.compare"
 
@@ -18,15 +17,17 @@ PROGRAM = "python -m bmsn.compare"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
-    def run(should_stop: Callable[[], bool], progress: Callable[[TaskProgress], None]) -> tuple[str, Mapping[str, str]]:
+    def run() -> tuple[str, Mapping[str, str]]:
         config = tyro.cli(
             tyro.conf.OmitArgPrefixes[ComparisonConfig], prog=PROGRAM, args=arguments,
             description="Compare search methods on the same images, budget and seeds, against the truth.",
         )  # fmt: skip
-        comparison = run_comparison(config, should_stop=should_stop, progress=progress)
+        comparison = until_signalled(
+            lambda stop: run_comparison(config, should_stop=stop, progress=ProgressLines("searches"))
+        )
         return to_table(comparison), comparison.failed
 
-    return run_command(PROGRAM, run, noun="searches")
+    return run_command(PROGRAM, run)
 
 
 def to_table(comparison: Comparison) -> str:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import tyro
 
-from bmsn.command import run_command
+from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.correlation import agreement
-from bmsn.scheduler import TaskProgress
 from bmsn.truth import GroundTruth, GroundTruthConfig, run_ground_truth
 
 PROGRAM = "python -m bmsn.ground_truth"
@@ -18,12 +17,12 @@ PROGRAM = "python -m bmsn.ground_truth"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
-    def run(should_stop: Callable[[], bool], progress: Callable[[TaskProgress], None]) -> tuple[str, Mapping[str, str]]:
+    def run() -> tuple[str, Mapping[str, str]]:
         config = tyro.cli(
             tyro.conf.OmitArgPrefixes[GroundTruthConfig], prog=PROGRAM, args=arguments,
             description="Train every architecture of a space alone: the truth that a search is measured against.",
         )  # fmt: skip
-        truth = run_ground_truth(config, should_stop=should_stop, progress=progress)
+        truth = until_signalled(lambda stop: run_ground_truth(config, should_stop=stop, progress=ProgressLines()))
         return to_table(truth), truth.failed
 
     return run_command(PROGRAM, run)

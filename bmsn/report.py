@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,11 +10,10 @@ from typing import Annotated
 
 import tyro
 
-from bmsn.errors import InputError, RunStopped
+from bmsn.command import run_command
+from bmsn.errors import InputError
 from bmsn.interference import InterferenceConfig, run_interference
 from bmsn.memory import keep_freed_memory
-
-EXIT_INPUT, EXIT_STOPPED, EXIT_STDOUT_CLOSED = 2, 3, 141
 
 PROGRAM = "python -m bmsn.report"
 
@@ -50,22 +47,7 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, which prints the path of the page; returns its exit code (the README lists them)."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("bmsn").setLevel(logging.INFO)
-    try:
-        print(_run(tyro.cli(Command, prog=PROGRAM, args=arguments)))
-        sys.stdout.flush()
-    except InputError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    except RunStopped as error:
-        print(f"{PROGRAM}: stopped: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except BrokenPipeError:
-        # The page is written; keep the interpreter from flushing into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_STDOUT_CLOSED
-    return 0
+    return run_command(PROGRAM, lambda: (str(_run(tyro.cli(Command, prog=PROGRAM, args=arguments))), {}))
 
 
 def _run(command: Command) -> Path:

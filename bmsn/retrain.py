@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from bmsn.command import run_command
+from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.retraining import RetrainConfig, Retraining, run_retraining
-from bmsn.scheduler import TaskProgress
 
 PROGRAM = "python -m bmsn.retrain"
 
@@ -31,9 +30,9 @@ class Command(RetrainConfig):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
-    def run(should_stop: Callable[[], bool], progress: Callable[[TaskProgress], None]) -> tuple[str, Mapping[str, str]]:
+    def run() -> tuple[str, Mapping[str, str]]:
         config = tyro.cli(tyro.conf.OmitArgPrefixes[Command], prog=PROGRAM, args=arguments)
-        retraining = run_retraining(config, should_stop=should_stop, progress=progress)
+        retraining = until_signalled(lambda stop: run_retraining(config, should_stop=stop, progress=ProgressLines()))
         return to_table(retraining), retraining.failed
 
     return run_command(PROGRAM, run)

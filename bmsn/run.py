@@ -26,7 +26,13 @@ _NOT_COMPARED = ("checkpoint_every", "tensorboard", "latency", "engine")
 
 
 class Interrupted(Exception):
-    """The caller asked the search to stop; where there is a run folder, its state is saved."""
+    """The caller asked the search to stop; where there is a run folder, its state is saved.
+
+    Attributes:
+        exit_code: for a command that stops with it.
+    """
+
+    exit_code = 130
 
 
 def run_search(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,13 +12,10 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
+from bmsn.command import run_command, until_signalled
 from bmsn.config import SearchConfig, load_config
-from bmsn.errors import InputError, RunStopped
 from bmsn.memory import keep_freed_memory
-from bmsn.run import Interrupted, run_search
-from bmsn.runfolder import SignalFlag
-
-EXIT_INPUT, EXIT_STOPPED, EXIT_STDOUT_CLOSED = 2, 3, 141
+from bmsn.run import run_search
 
 PROGRAM = "python -m bmsn.search"
 
@@ -88,40 +83,16 @@ class Progress:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
-    logging.getLogger("bmsn").setLevel(logging.INFO)
-    try:
+
+    def run() -> tuple[str, Mapping[str, str]]:
         command = parse(sys.argv[1:] if arguments is None else arguments)
         if command.print_config:
-            _print(yaml.safe_dump(command.search.filled().as_dict(), sort_keys=False).rstrip())
-            return 0
+            return yaml.safe_dump(command.search.filled().as_dict(), sort_keys=False).rstrip(), {}
         keep_freed_memory()
-        with SignalFlag() as signals:
-            try:
-                result = run_search(
-                    command.search, should_stop=lambda: signals.signal_number is not None, progress=Progress()
-                )
-            except Interrupted as stopped:
-                print(f"{PROGRAM}: {stopped}", file=sys.stderr)
-                return signals.exit_code
-        _print(result.to_table())
-    except InputError as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return EXIT_INPUT
-    except RunStopped as error:
-        print(f"{PROGRAM}: stopped: {error}", file=sys.stderr)
-        return EXIT_STOPPED
-    except BrokenPipeError:
-        # The result is in the run folder, if one was given; keep the interpreter from flushing into the closed pipe
-        # again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_STDOUT_CLOSED
-    return 0
+        result = until_signalled(lambda stop: run_search(command.search, should_stop=stop, progress=Progress()))
+        return result.to_table(), {}
 
-
-def _print(text: str) -> None:
-    print(text)
-    sys.stdout.flush()
+    return run_command(PROGRAM, run)
 
 
 if __name__ == "__main__":
