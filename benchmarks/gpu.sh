@@ -18,6 +18,10 @@ OUT=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
 PYTHON=${PYTHON:-python3}
 
+if ! "$PYTHON" -c 'import torch' 2>/dev/null; then
+    echo "$PYTHON cannot import torch; PYTHON names the interpreter to use" >&2
+    exit 2
+fi
 if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "no GPU: torch ($PYTHON) sees no CUDA device, and there is nothing to measure here" >&2
     exit 2
