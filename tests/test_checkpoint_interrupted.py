@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from bmsn.checkpoint import (
     CheckpointWriteError,
     write_atomically,
 )
-from checkpoints import assert_is_state_of, loaded_step, make_state, names
+from checkpoints import assert_is_state_of, file_size_limit, loaded_step, make_state, names
 
 SYSCALLS = ["open", "write", "fsync", "close", "replace", "unlink"]
 
@@ -130,17 +129,6 @@ def test_with_a_full_disk_at_any_system_call_the_older_ones_stay_and_saving_work
         if len(calls) <= call:
             break
     assert failures > 20
-
-
-@contextlib.contextmanager
-def file_size_limit(size: int) -> Iterator[None]:
-    """No file can grow past the limit: as on a full disk, a write is cut short and the next one fails."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_with_a_file_that_the_system_refuses_to_grow_the_older_one_stays(tmp_path):

@@ -19,7 +19,7 @@ import yaml
 
 from bmsn.errors import InputError
 from bmsn.runfolder import MetricsFile, RunFolder, SignalFlag, read_metrics
-from test_checkpoint import file_size_limit
+from checkpoints import file_size_limit
 
 CONFIG = {"space": "resnet14-cifar10", "supernets": 2, "lr": 1e-5, "seed": None, "optimiser": {"momentum": 0.9}}
 
