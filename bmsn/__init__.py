@@ -15,6 +15,9 @@ from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset, open_dataset
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.exporting import Export, ExportConfig, run_export
+from bmsn.exporting_files import load_network
+from bmsn.exporting_network import network_from_supernet
 from bmsn.latency import Latency, measure_latency
 from bmsn.mixture import BalancedMixture
 from bmsn.network import SupernetMixture, build_network, build_path_network
@@ -36,6 +39,8 @@ __all__ = [
     "Comparison",
     "ComparisonConfig",
     "EvaluationPlan",
+    "Export",
+    "ExportConfig",
     "GroundTruthConfig",
     "ImageDataset",
     "InputError",
@@ -56,11 +61,14 @@ __all__ = [
     "balance",
     "build_network",
     "build_path_network",
+    "load_network",
     "measure_latency",
     "methods",
+    "network_from_supernet",
     "open_dataset",
     "race",
     "run_comparison",
+    "run_export",
     "run_ground_truth",
     "run_retraining",
     "run_search",

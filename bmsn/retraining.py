@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
@@ -16,6 +16,8 @@ from bmsn.space import SearchSpace
 from bmsn.standalone import TrainingSettings
 from bmsn.tasks import Images, TaskStore
 from bmsn.truth import check_seeds, check_training, failures, make_task
+
+RETRAIN_FOLDER = "retrain"  # in the run folder: for each network NAME.json, its result, and NAME.npz, its weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +83,8 @@ def run_retraining(
     """Trains architectures of a finished search from scratch and writes `run`/retrain.csv.
 
     Both halves of the training images are trained on: nothing is selected by them any more. The test accuracy is that
-    of the last epoch. Killed at any moment, the same call goes on; results of each network are in `run`/retrain.
+    of the last epoch. Killed at any moment, the same call goes on; results and weights of each network are in
+    `run`/retrain (`bmsn.run_export` makes files of them that need no bmsn).
 
     Args:
         config: settings.
@@ -98,8 +101,13 @@ def run_retraining(
     data = images.open(space)
     check_training(space, data, config.training)
     seeds = range(config.seeds)
-    tasks = [make_task(space, a, images, seed, config.training) for seed in seeds for a in chosen]
-    outcome = run_tasks(tasks, TaskStore(config.run / "retrain"), config.resources, should_stop, progress)
+    folder = config.run / RETRAIN_FOLDER
+    tasks = [
+        replace(make_task(space, a, images, seed, config.training), weights_folder=folder)
+        for seed in seeds
+        for a in chosen
+    ]
+    outcome = run_tasks(tasks, TaskStore(folder), config.resources, should_stop, progress)
     searched: dict[Candidate, RankedArchitecture] = {row.architecture: row for row in result.ranking}
     rows = [
         RetrainedRow(alone=row, searched=searched.get(row.architecture), is_default=row.architecture == space.default)

@@ -32,6 +32,7 @@ from bmsn.errors import InputError
 from bmsn.paths import Candidate, as_path, find_candidate, path_macs
 from bmsn.space import PoolKind, SearchSpace
 from bmsn.standalone import TrainingSettings, train_alone
+from bmsn.weights import write_weights
 
 _LOG = logging.getLogger("bmsn.tasks")
 
@@ -134,6 +135,7 @@ class Task:
         images: what it is trained and tested on.
         seed: of weights and batches.
         settings: how it is trained.
+        weights_folder: where the trained weights are kept, as `name`.npz, before the result is; None: nowhere.
     """
 
     space: str
@@ -142,10 +144,11 @@ class Task:
     images: Images
     seed: int
     settings: TrainingSettings
+    weights_folder: Path | None = None
 
     @property
     def key(self) -> dict[str, Any]:
-        """All that determines the result, as plain values; where the images lie does not."""
+        """All that determines the result, as plain values; where images and weights lie does not."""
         return {
             "format": FORMAT, "space": self.space, "pool": self.pool, "architecture": self.architecture,
             "data": self.images.fingerprint, "seed": self.seed, "settings": asdict(self.settings),
@@ -177,6 +180,8 @@ class Task:
             space, architecture, place.open(self.images, space), self.settings, seed=self.seed, device=place.device,
             progress=progress,
         )  # fmt: skip
+        if self.weights_folder is not None:
+            write_weights(self.weights_folder / f"{self.name}.npz", trained.network)
         return TaskResult(
             correct=trained.correct, total=trained.total, loss=trained.loss, seconds=trained.seconds, **place.machine
         )
