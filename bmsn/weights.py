@@ -25,7 +25,7 @@ def write_weights(path: Path, network: nn.Module) -> None:
 def read_weights(path: Path) -> dict[str, Tensor]:
     """What `write_weights` wrote. Raises InputError where the file is missing or damaged (each array has a CRC)."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as content, np.load(content, allow_pickle=False) as file:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except FileNotFoundError:
         raise InputError(f"{path}: is missing") from None
