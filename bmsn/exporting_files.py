@@ -170,6 +170,7 @@ def _appearing(folder: Path) -> Iterator[Path]:
     """A folder that takes its name when the block has ended, and is gone where it raised."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.parent / f".bmsn-{folder.name}.{os.getpid()}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process of this number: in containers it comes back
     temporary.mkdir()
     try:
         yield temporary

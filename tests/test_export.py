@@ -6,6 +6,7 @@ import dataclasses
 import doctest
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -352,18 +353,31 @@ def test_a_package_that_is_not_installed_is_named(run, monkeypatch, capsys):
     assert "export needs onnxscript: pip install 'bmsn[export]'" in capsys.readouterr().err
 
 
-def test_a_write_that_fails_leaves_nothing(run, exported, monkeypatch, tmp_path):
+def test_a_write_that_fails_leaves_nothing_and_one_that_was_killed_does_not_matter(exported, monkeypatch, tmp_path):
     def full(path: Path, data: bytes) -> None:
         if path.name == "model.onnx":
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr(bmsn.exporting_files, "write_atomically", full)
-    network = bmsn.load_network(exported.folder)
+    network, out = bmsn.load_network(exported.folder), tmp_path / "deep" / "out"
     monkeypatch.setattr(bmsn.exporting_files, "_graphs", lambda network, shape: (b"program", b"onnx"))
-    with pytest.raises(bmsn.InputError, match="cannot be written: No space left on device"):
-        bmsn.exporting_files.write_network(tmp_path / "deep" / "out", network, exported.config)
-    assert list((tmp_path / "deep").iterdir()) == []
+    with monkeypatch.context() as patch:
+        patch.setattr(bmsn.exporting_files, "write_atomically", full)
+        with pytest.raises(bmsn.InputError, match="cannot be written: No space left on device"):
+            bmsn.exporting_files.write_network(out, network, exported.config)
+    assert list(out.parent.iterdir()) == []
+
+    killed = out.parent / f".bmsn-out.{os.getpid()}.tmp"
+    killed.mkdir()
+    (killed / "model.onnx").touch()
+    out.mkdir()  # empty
+    bmsn.exporting_files.write_network(out, network, exported.config)
+    assert (out / "model.onnx").read_bytes() == b"onnx"
+    assert list(out.parent.iterdir()) == [out]
+    (out / "model.pt2").unlink()
+    with pytest.raises(bmsn.InputError, match="cannot be written: Directory not empty"):  # filled in the meantime
+        bmsn.exporting_files.write_network(out, network, exported.config)
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_folders_that_hold_no_network(exported, tmp_path):
