@@ -109,8 +109,8 @@ def _supernet(source: Source, asked: int | None) -> int | None:
     ranked = next((row.supernet for row in source.result.ranking if row.architecture == architecture), None)
     if ranked is None:
         raise InputError(
-            f"architecture {architecture} is not in the ranking of {run}, which max_macs restricted: "
-            f"supernet must name one, in 0..{number - 1}"
+            f"the ranking of {run} names no supernet for architecture {architecture}: supernet must be given, "
+            f"in 0..{number - 1}"
         )
     return ranked
 
@@ -121,10 +121,13 @@ def _last_weights(source: Source) -> Tensor:
     saved = CheckpointStore(folder).load_latest() if folder.is_dir() else None
     if saved is None:
         raise InputError(f"{folder}: holds no checkpoint; the weights of a search lie in its last one")
-    step, state, cost = saved[0], saved[1]["loop"], source.result.cost
-    if cost and state["cost"]["training_images"] != cost["training_images"]:
-        raise InputError(f"{folder}: the last checkpoint that can be read is of step {step}, before the search's end")
-    return state["method"]["arena"]
+    step, config = saved[0], source.result.config
+    num_steps = config["epochs"] * (source.result.data["num_train"] // config["batch_size"])
+    if step != num_steps:
+        raise InputError(
+            f"{folder}: the last checkpoint that can be read is of step {step}; the search had {num_steps}"
+        )
+    return saved[1]["loop"]["method"]["arena"]
 
 
 def retrained(source: Source, name: str | None) -> Found:

@@ -271,7 +271,7 @@ def test_weights_for_each_resolution_export_too_and_some_methods_have_none(spec,
         described(tmp_path / "macs", "3,2,2", from_supernet=True)
 
     search(tmp_path / "small", spec, supernets=1, max_macs="1.0x")
-    with pytest.raises(bmsn.InputError, match=r"\[5,1,1\] is not in the ranking .* supernet must name one, in 0\.\.0"):
+    with pytest.raises(bmsn.InputError, match=r"names no supernet for architecture \[5,1,1\]: .* in 0\.\.0"):
         described(tmp_path / "small", "5,1,1", from_supernet=True)
     assert described(tmp_path / "small", "5,1,1", from_supernet=True, supernet=0)["stage_depths"] == [5, 1, 1]
 
@@ -326,9 +326,8 @@ def test_runs_and_settings_that_cannot_be_exported(run, tmp_path, capsys):
     result = copy / "result.json"
     whole = json.loads(result.read_text())
     (copy / "away").rename(copy / "checkpoints")
-    whole["cost"]["training_images"] += 16
-    result.write_text(json.dumps(whole))
-    assert "the last checkpoint that can be read is of step 8, before the search's end" in refused(*supernet, *out)
+    result.write_text(json.dumps(whole | {"config": whole["config"] | {"epochs": 3}}))
+    assert "the last checkpoint that can be read is of step 8; the search had 12" in refused(*supernet, *out)
     result.write_text(json.dumps(whole | {"schema_version": 99}))
     assert "schema_version must be in 2..4; got 99" in refused(*chosen, *out)
     result.unlink()
