@@ -66,7 +66,8 @@ def write_network(folder: Path, network: nn.Sequential, config: Mapping[str, Any
     from safetensors.torch import save
 
     shape = (config["in_channels"], config["image_size"], config["image_size"])
-    contents = {WEIGHTS: save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})}
+    weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    contents = {WEIGHTS: save(weights, metadata={"format": "pt"})}
     contents[PROGRAM], contents[ONNX] = _graphs(network, shape)
     whole = {
         "schema_version": SCHEMA_VERSION, **config,

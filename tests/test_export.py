@@ -21,6 +21,8 @@ import bmsn.exporting_files
 from bmsn.checkpoint import CheckpointStore
 from bmsn.data import split_halves
 from bmsn.export import main
+from bmsn.exporting_network import describe_architecture, describe_space, with_normalisation
+from bmsn.paths import as_path, find_candidate
 from bmsn.standalone import train_alone
 from bmsn.tasks import Images, TaskResult, TaskStore
 from bmsn.truth import make_task
@@ -136,6 +138,34 @@ def test_each_format_predicts_what_the_network_in_memory_does(exported, load):
     assert found.argmax(1).tolist() == wanted.argmax(1).tolist()
     assert len(set(found.argmax(1).tolist())) > 1
     np.testing.assert_allclose(loaded(pixels[:1]), wanted[:1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("space", "candidate", "size"),
+    [
+        (bmsn.SearchSpace.named("resnet18-imagenet", width=0.1), "2-1-3-2", 64),  # large stem, strides, identities
+        (bmsn.SearchSpace.named("resnet14-cifar10", width=0.25, pool="avg"), "0-1-0-0-2-0-1", 16),  # up by 2 and by 4
+    ],
+    ids=["strides", "upsampling"],
+)
+def test_what_else_a_network_can_do_survives_in_each_format(space, candidate, size, tmp_path):
+    architecture = find_candidate(space, candidate)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        bare = bmsn.build_path_network(space, as_path(space, architecture), num_classes=7, in_channels=1)
+        bare(torch.randn(16, 1, size, size))  # running statistics
+    network = with_normalisation(bare, torch.tensor([0.3]), torch.tensor([0.2]))
+    config = {
+        **describe_architecture(space, architecture), "space": describe_space(space), "num_classes": 7,
+        "in_channels": 1, "image_size": size, "batch_norm": "affine", "normalisation": {"mean": [0.3], "std": [0.2]},
+    }  # fmt: skip
+    bmsn.exporting_files.write_network(tmp_path / "out", network, config)
+    images = np.random.default_rng(0).random((5, 1, size, size), np.float32)
+    with torch.no_grad():
+        wanted = bare((torch.from_numpy(images) - 0.3) / 0.2).numpy()
+    assert np.ptp(wanted, axis=0).min() > 1e-3  # images are told apart
+    for load in (from_safetensors, from_program, from_onnx):
+        np.testing.assert_allclose(load(tmp_path / "out")(images), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_accuracy_is_that_in_memory_and_is_printed(exported, run):
@@ -409,6 +439,7 @@ def test_folders_that_hold_no_network(exported, tmp_path):
 
 def test_the_examples_in_the_docstrings(run, monkeypatch):
     monkeypatch.chdir(run.parents[1])
+    monkeypatch.setattr(bmsn.exporting_files, "_graphs", lambda network, shape: (b"", b""))  # seconds, tested above
     names = {
         "bmsn": bmsn, "torch": torch, "Path": Path, "images": torch.randn(8, 3, 8, 8),
         "nets": bmsn.SupernetMixture(SPACE, 1, 4),
