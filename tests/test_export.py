@@ -1,4 +1,4 @@
-"""`python -m bmsn.export`: three formats against the network in memory, what config.json says, and what cannot be."""
+"""`python -m bmsn.export`: its formats against networks in memory, which weights it takes, what it refuses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import doctest
 import importlib.util
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,19 +20,13 @@ import bmsn.exporting_files
 from bmsn.checkpoint import CheckpointStore
 from bmsn.data import split_halves
 from bmsn.export import main
-from bmsn.exporting_network import describe_architecture, describe_space, with_normalisation
-from bmsn.paths import as_path, find_candidate
 from bmsn.standalone import train_alone
 from bmsn.tasks import Images, TaskResult, TaskStore
 from bmsn.truth import make_task
+from exports import SKIPPED_WITHOUT_PACKAGES, from_onnx, from_program, from_safetensors
 from searching import tiny_images, write_tiny_images
 
-MISSING = [
-    name for name in ("safetensors", "onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None
-]
-pytestmark = pytest.mark.skipif(
-    bool(MISSING), reason=f"not installed: {', '.join(MISSING)} (the extra export has them)"
-)
+pytestmark = SKIPPED_WITHOUT_PACKAGES
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
 CHOSEN = SPACE.find("2,3,2")
@@ -110,23 +103,6 @@ def exported(request, run, tmp_path_factory) -> Exported:
     return Exported(out, config, "\n".join(printed), in_memory)
 
 
-def from_safetensors(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    network = bmsn.load_network(folder)
-    return lambda images: network(torch.from_numpy(images)).detach().numpy()
-
-
-def from_program(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    network = torch.export.load(folder / "model.pt2").module()
-    return lambda images: network(torch.from_numpy(images)).detach().numpy()
-
-
-def from_onnx(folder: Path) -> Callable[[np.ndarray], np.ndarray]:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return lambda images: session.run(["logits"], {"images": images})[0]
-
-
 @pytest.mark.parametrize("load", [from_safetensors, from_program, from_onnx])
 def test_each_format_predicts_what_the_network_in_memory_does(exported, load):
     """On all test images at once and on one alone; in [0, 1], as an image decoder gives them."""
@@ -138,34 +114,6 @@ def test_each_format_predicts_what_the_network_in_memory_does(exported, load):
     assert found.argmax(1).tolist() == wanted.argmax(1).tolist()
     assert len(set(found.argmax(1).tolist())) > 1
     np.testing.assert_allclose(loaded(pixels[:1]), wanted[:1], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("space", "candidate", "size"),
-    [
-        (bmsn.SearchSpace.named("resnet18-imagenet", width=0.1), "2-1-3-2", 64),  # large stem, strides, identities
-        (bmsn.SearchSpace.named("resnet14-cifar10", width=0.25, pool="avg"), "0-1-0-0-2-0-1", 16),  # up by 2 and by 4
-    ],
-    ids=["strides", "upsampling"],
-)
-def test_what_else_a_network_can_do_survives_in_each_format(space, candidate, size, tmp_path):
-    architecture = find_candidate(space, candidate)
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        bare = bmsn.build_path_network(space, as_path(space, architecture), num_classes=7, in_channels=1)
-        bare(torch.randn(16, 1, size, size))  # running statistics
-    network = with_normalisation(bare, torch.tensor([0.3]), torch.tensor([0.2]))
-    config = {
-        **describe_architecture(space, architecture), "space": describe_space(space), "num_classes": 7,
-        "in_channels": 1, "image_size": size, "batch_norm": "affine", "normalisation": {"mean": [0.3], "std": [0.2]},
-    }  # fmt: skip
-    bmsn.exporting_files.write_network(tmp_path / "out", network, config)
-    images = np.random.default_rng(0).random((5, 1, size, size), np.float32)
-    with torch.no_grad():
-        wanted = bare((torch.from_numpy(images) - 0.3) / 0.2).numpy()
-    assert np.ptp(wanted, axis=0).min() > 1e-3  # images are told apart
-    for load in (from_safetensors, from_program, from_onnx):
-        np.testing.assert_allclose(load(tmp_path / "out")(images), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_accuracy_is_that_in_memory_and_is_printed(exported, run):
@@ -380,61 +328,6 @@ def test_a_package_that_is_not_installed_is_named(run, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     assert main([str(run), "--architecture", "2,3,2"]) == 2
     assert "export needs onnxscript: pip install 'bmsn[export]'" in capsys.readouterr().err
-
-
-def test_a_write_that_fails_leaves_nothing_and_one_that_was_killed_does_not_matter(exported, monkeypatch, tmp_path):
-    def full(path: Path, data: bytes) -> None:
-        if path.name == "model.onnx":
-            raise OSError(28, "No space left on device")
-        path.write_bytes(data)
-
-    network, out = bmsn.load_network(exported.folder), tmp_path / "deep" / "out"
-    monkeypatch.setattr(bmsn.exporting_files, "_graphs", lambda network, shape: (b"program", b"onnx"))
-    with monkeypatch.context() as patch:
-        patch.setattr(bmsn.exporting_files, "write_atomically", full)
-        with pytest.raises(bmsn.InputError, match="cannot be written: No space left on device"):
-            bmsn.exporting_files.write_network(out, network, exported.config)
-    assert list(out.parent.iterdir()) == []
-
-    killed = out.parent / f".bmsn-out.{os.getpid()}.tmp"
-    killed.mkdir()
-    (killed / "model.onnx").touch()
-    out.mkdir()  # empty
-    bmsn.exporting_files.write_network(out, network, exported.config)
-    assert (out / "model.onnx").read_bytes() == b"onnx"
-    assert list(out.parent.iterdir()) == [out]
-    (out / "model.pt2").unlink()
-    with pytest.raises(bmsn.InputError, match="cannot be written: Directory not empty"):  # filled in the meantime
-        bmsn.exporting_files.write_network(out, network, exported.config)
-    assert list(out.parent.iterdir()) == [out]
-
-
-def test_folders_that_hold_no_network(exported, tmp_path):
-    def refused(folder: Path) -> str:
-        with pytest.raises(bmsn.InputError) as raised:
-            bmsn.load_network(folder)
-        return str(raised.value)
-
-    assert "holds no exported network: it has no config.json" in refused(tmp_path)
-    copy = shutil.copytree(exported.folder, tmp_path / "copy")
-    config = json.loads((copy / "config.json").read_text())
-
-    def changed(**fields: object) -> str:
-        (copy / "config.json").write_text(json.dumps(config | fields))
-        return refused(copy)
-
-    assert "schema_version must be 1; got 2" in changed(schema_version=2)
-    assert "describes no network that fits model.safetensors" in changed(num_classes=5)
-    assert "expected 7 resolutions in 0..2" in changed(resolutions=[0, 0, 3, 3, 3, 3, 3])
-    assert "describes no network that fits model.safetensors: 'mean'" in changed(normalisation={})
-    (copy / "config.json").write_text("[]")
-    assert "not written by bmsn.export" in refused(copy)
-    (copy / "config.json").write_text(json.dumps(config))
-    content = (copy / "model.safetensors").read_bytes()
-    (copy / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-    assert "its content has changed" in refused(copy)
-    (copy / "model.safetensors").unlink()
-    assert "it has no model.safetensors" in refused(copy)
 
 
 def test_the_examples_in_the_docstrings(run, monkeypatch):
