@@ -87,9 +87,10 @@ class MixtureSampler(Sampler):
 
     def rank(self) -> Ranking:
         """By a[c, m*], m* = argmax_m p(m|c) at the last temperature."""
-        best = self.mixture.best_supernet(self.temperature(self._num_steps))
+        assignment = self.mixture.assignment(self.temperature(self._num_steps))
+        best = assignment.argmax(1)
         estimate = self.mixture.scores[np.arange(len(best)), best]
-        return Ranking(np.argsort(-estimate, kind="stable"), estimate, best)
+        return Ranking(np.argsort(-estimate, kind="stable"), estimate, best, assignment)
 
     def metrics(self, step: int) -> dict[str, Any]:
         temperature = self.temperature(step)
@@ -122,7 +123,7 @@ class Mixture(SupernetMethod):
     """`--method mixture`: M supernets, each architecture ranked by its accuracy in its best one."""
 
     name: ClassVar[str] = "mixture"
-    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine"}
+    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine", "rank_by"}
     sampler: MixtureSampler
 
     def __init__(self, problem: Problem) -> None:
