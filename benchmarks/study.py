@@ -32,11 +32,15 @@ from bmsn.method_spec import MethodSpec, parse_methods
 from bmsn.rank_rules import RANK_RULES
 from bmsn.scheduler import Resources
 
-# For the built-in set, whose epochs have 39 steps: the issues one by one, then together.
-METHODS = (
-    "mixture,spos,few-shot,mixture:supernets=4,label=4 supernets,mixture:refresh_every=39,label=refreshed each epoch,"
-    "mixture:schedule=temperature,label=tau linear"
-)
+# For the built-in set, of 4 classes and 39 steps an epoch: one change at a time, then those that go together.
+METHODS = ",".join((
+    "mixture", "spos", "few-shot", "mixture:supernets=4,label=4 supernets",
+    "mixture:refresh_every=39,label=refreshed every epoch", "mixture:schedule=temperature,label=tau linear",
+    "mixture:start_accuracy=0.25,label=a from chance", "mixture:average_last=0.2,label=averaged",
+    "mixture:adapt=20,label=adapted", "mixture:refresh_every=39,average_last=0.2,label=refreshed averaged",
+    "mixture:refresh_every=39,average_last=0.2,adapt=20,label=refreshed averaged adapted",
+    "spos:average_last=0.2,label=spos averaged", "spos:adapt=20,label=spos adapted",
+))  # fmt: skip
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits
     "kendall_tau_b": ("tau-b", 3),
     "partial_kendall": ("tau-b given MACs", 3),

@@ -56,6 +56,9 @@ class SearchConfig:
         schedule: 1/tau linear from 1 to 100 (inverse), or tau linear from 1 to 1/(100 M) (temperature).
         balance_every: steps from one balancing to the next, or "epoch".
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
+        start_accuracy: a[c,m] before its first visit: 1 is optimistic, unvisited pairs are tried first; that of chance
+            is not.
+        average_last: score the mean of the weights over this share of the steps, the last ones; 0: the last weights.
         warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
             paper has searches with it and without.
         ucb_constant: c of mcts: how much it explores.
@@ -67,6 +70,8 @@ class SearchConfig:
         engine: how steps run: one by one (eager), or each as one CUDA graph (graphs); auto: graphs on CUDA.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
+        adapt: steps of SGD that a copy of its supernet takes with an architecture alone before it is scored; 0: none.
+        adapt_lr: their learning rate; the default is that at the end of the default cosine.
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
             fast_eval).
         score: score each architecture with its best supernet, or all (architecture, supernet) pairs; None: all pairs
@@ -100,6 +105,8 @@ class SearchConfig:
     schedule: Literal["inverse", "temperature"] | None = None
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
+    start_accuracy: float = 1.0
+    average_last: float = 0.0
     warm_up: float = 0.0
     ucb_constant: float = math.sqrt(2)
     alpha_lr: float | None = None
@@ -109,6 +116,8 @@ class SearchConfig:
     engine: Literal["auto", "eager", "graphs"] = "auto"
     seed: int = 0
     fast_eval: bool = False
+    adapt: int = 0
+    adapt_lr: float = 1e-3
     norm: Literal["batch", "calibrated"] = "batch"
     score: Literal["best", "pairs"] | None = None
     rank_by: RankRule | None = None
@@ -134,11 +143,15 @@ class SearchConfig:
             "momentum": (0, 1),
             "weight_decay": (0, 1),
             "refresh_every": (0, 10**9),
+            "start_accuracy": (0, 1),
+            "average_last": (0, 1),
             "warm_up": (0, 1),
             "ucb_constant": (0, 1000),
             "alpha_lr": (1e-9, 100),
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
+            "adapt": (0, 10**6),
+            "adapt_lr": (0, 100),
             "evaluate_top": (0, 10**9),
             "race": (0, 10**9),
             "checkpoint_every": (1, 10**9),
@@ -160,6 +173,8 @@ class SearchConfig:
                 f"race ranks architectures, each with its best supernet: score must be best and rank_by assigned; "
                 f"got {given}"
             )
+        if self.race and self.adapt:
+            raise InputError(f"adapt trains each architecture before it is scored: race must be 0; got {self.race}")
         if needs_pairs and self.score == "best":
             raise InputError(
                 f"rank_by {self.rank_by} needs the accuracies of all pairs: score must be pairs, or not given; got best"

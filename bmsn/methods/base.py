@@ -25,7 +25,7 @@ from bmsn.space import SearchSpace
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
 OPTIONAL_SETTINGS = (
     "refresh_every", "score_every", "evaluate_top", "race", "norm", "engine", "warm_up", "ucb_constant",
-    "alpha_lr", "max_macs", "rank_by",
+    "alpha_lr", "max_macs", "rank_by", "average_last", "adapt", "adapt_lr", "start_accuracy",
 )  # fmt: skip
 _FITS_ALL = {"rank_by": "assigned"}  # beside the default
 
@@ -35,7 +35,7 @@ class Cost:
     """What a search has computed so far; the rankings of `score_every`, which only watch, are not counted.
 
     Attributes:
-        training_images: images in training steps.
+        training_images: images in training steps, those of `adapt` included.
         validation_images: images predicted to learn an accuracy, once for each network they went through.
         training_macs: multiply-accumulates of the training steps: three times those of the forward pass.
         validation_macs: those of the predictions, each network by itself (scoring in one pass needs fewer).
