@@ -9,7 +9,8 @@ is ranked by every rule, so rules cost nothing. The table, OUT/study.csv and in 
 setting and rule, as means over seeds with 95 % bootstrap intervals: tau-b with the truth, tau-b with MACs partialled
 out, regret of the best of the top 1 and of the top 3 in points, and tau-b less that of the baseline, seed by seed. The
 ranking by MACs stands beside them. Budgets count epochs alone; the last column has all images trained on, those of
-`adapt` included. OUT/comparison.* is `bmsn.compare`'s own output over the same searches.
+`adapt` included, which is to be compared with others at a budget that is larger by as much. OUT/comparison.* is
+`bmsn.compare`'s own output over the same searches.
 
 Killed at any moment, the same command goes on: finished searches are kept in OUT/runs.
 """
@@ -37,9 +38,9 @@ METHODS = ",".join((
     "mixture", "spos", "few-shot", "mixture:supernets=4,label=4 supernets",
     "mixture:refresh_every=39,label=refreshed every epoch", "mixture:schedule=temperature,label=tau linear",
     "mixture:start_accuracy=0.25,label=a from chance", "mixture:average_last=0.2,label=averaged",
-    "mixture:adapt=20,label=adapted", "mixture:refresh_every=39,average_last=0.2,label=refreshed averaged",
-    "mixture:refresh_every=39,average_last=0.2,adapt=20,label=refreshed averaged adapted",
-    "spos:average_last=0.2,label=spos averaged", "spos:adapt=20,label=spos adapted",
+    "mixture:adapt=5,label=adapted", "mixture:refresh_every=39,average_last=0.2,label=refreshed averaged",
+    "mixture:refresh_every=39,average_last=0.2,adapt=5,label=refreshed averaged adapted",
+    "spos:average_last=0.2,label=spos averaged", "spos:adapt=5,label=spos adapted",
 ))  # fmt: skip
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits
     "kendall_tau_b": ("tau-b", 3),
@@ -57,6 +58,8 @@ class Study:
 
     Attributes:
         methods: the settings, as `bmsn.compare --methods`.
+        space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
+        data: images as scheme:path.
         baseline: setting that the others are compared with, ranked as assigned; None: the first.
         budgets: epochs of the training half, as 6,12,24.
         seeds: searches of each setting at each budget.
@@ -64,6 +67,7 @@ class Study:
         truth: stand-alone accuracies: "paper" or a CSV file.
         settings: of all methods that take them, as batch_size=64.
         out: folder of searches and tables.
+        resources: what the searches run on.
     """
 
     methods: str = METHODS
@@ -90,8 +94,10 @@ class Study:
 
 
 def _rules(spec: MethodSpec) -> Sequence[str]:
-    """Those that make a difference: none does where an architecture has one supernet alone."""
-    one = spec.method == "spos" or spec.settings.get("supernets") == 1
+    """Those that make a difference at the same cost: none does where an architecture has one supernet alone, and where
+    it is adapted each of its supernets would have to be.
+    """
+    one = spec.method == "spos" or spec.settings.get("supernets") == 1 or spec.settings.get("adapt")
     return RANK_RULES if "rank_by" in methods.get(spec.method).settings and not one else ("assigned",)
 
 
@@ -168,7 +174,9 @@ def run(study: Study) -> tuple[str, Mapping[str, str]]:
 def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         "benchmarks/study.py",
-        lambda: run(tyro.cli(tyro.conf.OmitArgPrefixes[Study], args=arguments, description=__doc__)),
+        lambda: run(
+            tyro.cli(tyro.conf.OmitArgPrefixes[Study], args=arguments, description=str(__doc__).split("\n")[0])
+        ),
     )
 
 
