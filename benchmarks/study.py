@@ -87,7 +87,7 @@ class Study:
         specs = parse_methods(self.methods)
         return ComparisonConfig(
             methods=",".join(_as_text(spec, rule) for spec in specs for rule in _rules(spec)),
-            baseline=_label(self.baseline or _plain(specs[0].label), "assigned"),
+            baseline=_label(_plain(self.baseline or specs[0].label), "assigned"),
             space=self.space, data=self.data, budgets=self.budgets, seeds=self.seeds, first_seed=self.first_seed,
             truth=self.truth, settings=self.settings, out=self.out, resources=self.resources,
         )  # fmt: skip

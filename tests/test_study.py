@@ -94,6 +94,14 @@ def test_what_is_finished_is_not_searched_again(study, flags, capsys):
     assert json.loads((Path(flags[-1]) / "comparison.json").read_text())["budgets"] == [2]
 
 
+def test_the_baseline_is_named_as_the_setting_is(study, flags, capsys):
+    """With its commas, as in --methods; nothing is searched again."""
+    assert study.main([*flags, "--baseline", "mixture:supernets=2,refresh_every=2"]) == 0
+    assert "tau-b less mixture:supernets=2 refresh_every=2 \\| assigned" in capsys.readouterr().out
+    assert study.main([*flags, "--baseline", "spos"]) == 0
+    assert "tau-b less spos" in capsys.readouterr().out
+
+
 def test_bad_input(study, flags, capsys):
     assert study.main([*flags, "--baseline", "absent"]) == 2
     assert "baseline must be among mixture:supernets=2 | assigned" in capsys.readouterr().err
