@@ -20,6 +20,8 @@ from bmsn.executors import run_tasks
 from bmsn.loop import SearchLoop
 from bmsn.method_spec import MethodSpec, parse_methods, parse_settings
 from bmsn.methods.base import OPTIONAL_SETTINGS
+from bmsn.rank_rules import RankRule
+from bmsn.ranking import rerank
 from bmsn.result import SearchResult
 from bmsn.run import run_search
 from bmsn.scheduler import Resources, TaskProgress
@@ -112,11 +114,13 @@ class SearchTask:
     """One search, kept in a run folder of its own, where a process that takes it up again goes on.
 
     Attributes:
+        spec_label: how the comparison calls its method, for messages; of several that share the search, the first.
         config: without its folder; `images` are those that it names.
         cost: what its time is about proportional to.
         folder: that the run folder is in.
     """
 
+    spec_label: str
     config: FilledConfig
     images: Images
     cost: int
@@ -131,7 +135,7 @@ class SearchTask:
 
     @property
     def label(self) -> str:
-        return f"{self.config.method}, {self.config.epochs} epochs, seed {self.config.seed}"
+        return f"{self.spec_label}, {self.config.epochs} epochs, seed {self.config.seed}"
 
     @property
     def macs(self) -> int:
@@ -208,7 +212,7 @@ def run_comparison(
 
     With several budgets also budgets.svg and budgets.png. Each search has a folder in `out`/runs: killed at any moment,
     the same call goes on where it was, and several processes may make it with the same `out`. The tables come from the
-    results in these folders alone.
+    results in these folders alone. Methods that differ in `rank_by` alone, with all pairs scored, share their searches.
 
     Source: Javan et al. 2023, table 2.
 
@@ -226,15 +230,17 @@ def run_comparison(
     space = SearchSpace.named(named, pool=config.pool)
     truth = load_truth(config.truth, space)
     data = open_images(config.data, None, space)
-    tasks = _make_tasks(config, space, data)
-    unique = {task.name: task for task in tasks.values()}  # two labels of the same settings are one search
+    searches = _make_searches(config, space, data)
+    unique: dict[str, SearchTask] = {}
+    for search in searches.values():  # two labels of the same settings are one search
+        unique.setdefault(search.task.name, search.task)
     # A ranking by MACs takes no time, a search does: the median of both would call every search hanging.
     resources = replace(config.resources, timeout=config.resources.timeout or float("inf"))
     outcome = run_tasks(list(unique.values()), RunStore(config.out / "runs"), resources, should_stop, progress)
     runs = tuple(
-        describe_run(label, budget, seed, outcome.results[task.name].result, space, truth)
-        for (budget, label, seed), task in tasks.items()
-        if task.name in outcome.results
+        describe_run(label, budget, seed, search.ranked(outcome.results[search.task.name].result), space, truth)
+        for (budget, label, seed), search in searches.items()
+        if search.task.name in outcome.results
     )
     groups: dict[tuple[int, str], list[Run]] = {}
     for run in runs:
@@ -249,9 +255,9 @@ def run_comparison(
         ),
         runs=runs,
         failed={
-            f"{label}, {budget} epochs, seed {seed}": outcome.failed[task.name]
-            for (budget, label, seed), task in tasks.items()
-            if task.name in outcome.failed
+            f"{label}, {budget} epochs, seed {seed}": outcome.failed[search.task.name]
+            for (budget, label, seed), search in searches.items()
+            if search.task.name in outcome.failed
         },
         missing=tuple(a.slug for a in space if a.index not in truth),
         num_architectures=len(space),
@@ -268,29 +274,53 @@ def run_comparison(
     return comparison
 
 
-def _make_tasks(
+@dataclass(frozen=True, kw_only=True)
+class _Search:
+    """A search and what becomes of it.
+
+    Attributes:
+        task: the search; where all pairs are scored it is the same one whatever they are ranked by.
+        rule: to rank its pairs by; None: not all are scored, and the ranking is the search's own.
+    """
+
+    task: SearchTask
+    rule: RankRule | None
+
+    def ranked(self, result: SearchResult) -> SearchResult:
+        return result if self.rule is None else rerank(result, self.rule)
+
+
+def _make_searches(
     config: ComparisonConfig, space: SearchSpace, data: ImageDataset
-) -> dict[tuple[int, str, int], SearchTask]:
+) -> dict[tuple[int, str, int], _Search]:
     """The searches by (budget, label, seed), in the order of the tables; each is checked before the first is begun."""
     images = Images(spec=config.data, generator_seed=None, fingerprint=data.fingerprint)
     common = {"fast_eval": True} | parse_settings(config.settings)
     per_image = sum(map(space.macs, space)) // len(space)
-    tasks = {}
+    searches: dict[tuple[int, str, int], _Search] = {}
+    checked: list[FilledConfig] = []
     for budget in config.all_budgets:
         for spec in config.specs:
+            taken = methods.get(spec.method).settings
+            given = {k: v for k, v in common.items() if k in taken or k not in OPTIONAL_SETTINGS} | spec.settings
             for seed in range(config.first_seed, config.first_seed + config.seeds):
-                taken = methods.get(spec.method).settings
-                given = {k: v for k, v in common.items() if k in taken or k not in OPTIONAL_SETTINGS} | spec.settings
                 try:
                     settings = SearchConfig(
                         space=space.name, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
                         seed=seed, device=config.resources.device, **given,
                     ).filled()  # fmt: skip
-                    if seed == config.first_seed and budget == config.all_budgets[0]:
+                    rule: RankRule | None = None
+                    if settings.score == "pairs" and "rank_by" in taken:
+                        rule, settings = settings.rank_by, replace(settings, rank_by="best")
+                    first = seed == config.first_seed and budget == config.all_budgets[0]
+                    if first and settings not in checked:
+                        checked.append(settings)
                         SearchLoop(replace(settings, device="cpu"), data)
                 except InputError as error:
                     raise InputError(f"method {spec.label}: {error}") from error
-                tasks[budget, spec.label, seed] = SearchTask(
-                    config=settings, images=images, cost=budget * per_image, folder=config.out / "runs"
-                )
-    return tasks
+                task = SearchTask(
+                    spec_label=spec.label, config=settings, images=images, cost=budget * per_image,
+                    folder=config.out / "runs",
+                )  # fmt: skip
+                searches[budget, spec.label, seed] = _Search(task=task, rule=rule)
+    return searches

@@ -62,7 +62,7 @@ def describe_run(
 ) -> Run:
     """The figures of a finished search.
 
-    A ranking by accuracy counts those scored on all images alone: others' accuracies are not to be compared with them.
+    A ranking by accuracies counts those scored on all images alone: others' are not to be compared with them.
 
     Args:
         result: of the search.
@@ -75,7 +75,7 @@ def describe_run(
         predicted = macs
     elif methods.get(result.config["method"]).by_accuracy:
         whole = [row for row in ranking if row.images_seen == result.scores["total"]]
-        predicted = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
+        predicted = {row.architecture.index: row.value for row in whole if row.value is not None}
     else:
         predicted = {row.architecture.index: -float(row.rank) for row in ranking}
     agreed = agreement(predicted, truth, macs)

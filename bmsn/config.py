@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import yaml
 
 from bmsn import methods
 from bmsn.cost import parse_max_macs
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
+from bmsn.rank_rules import RankRule
 from bmsn.space import PoolKind, SearchSpace
 
 
@@ -59,6 +56,9 @@ class SearchConfig:
         schedule: 1/tau linear from 1 to 100 (inverse), or tau linear from 1 to 1/(100 M) (temperature).
         balance_every: steps from one balancing to the next, or "epoch".
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
+        start_accuracy: a[c,m] before its first visit: 1 is optimistic, unvisited pairs are tried first; that of chance
+            is not.
+        average_last: score the mean of the weights over this share of the steps, the last ones; 0: the last weights.
         warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
             paper has searches with it and without.
         ucb_constant: c of mcts: how much it explores.
@@ -70,9 +70,15 @@ class SearchConfig:
         engine: how steps run: one by one (eager), or each as one CUDA graph (graphs); auto: graphs on CUDA.
         seed: of everything random.
         fast_eval: score all architectures in one pass instead of one by one. Changes no score but for rounding ties.
+        adapt: steps of SGD that a copy of its supernet takes with an architecture alone before it is scored; 0: none.
+        adapt_lr: their learning rate; the default is that at the end of the default cosine.
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
             fast_eval).
-        score: score each architecture with its best supernet, or all (architecture, supernet) pairs.
+        score: score each architecture with its best supernet, or all (architecture, supernet) pairs; None: all pairs
+            where `rank_by` needs them, else as the preset says.
+        rank_by: rank architectures by their accuracy in the supernet assigned to them, argmax_m p(m|c), or in the one
+            where it is best; by the mean over all supernets, plain or weighted by p(m|c); or by the assigned one less
+            that supernet's level. All but assigned need all pairs; None: best where all are scored, else assigned.
         score_every: epochs from one ranking of all architectures during training to the next; 0: only at the end.
         evaluate_top: score only the K best by a[c,m]; 0: all.
         race: find the K best without scoring the others on every image; 0: all see all images.
@@ -99,6 +105,8 @@ class SearchConfig:
     schedule: Literal["inverse", "temperature"] | None = None
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
+    start_accuracy: float = 1.0
+    average_last: float = 0.0
     warm_up: float = 0.0
     ucb_constant: float = math.sqrt(2)
     alpha_lr: float | None = None
@@ -108,8 +116,11 @@ class SearchConfig:
     engine: Literal["auto", "eager", "graphs"] = "auto"
     seed: int = 0
     fast_eval: bool = False
+    adapt: int = 0
+    adapt_lr: float = 1e-3
     norm: Literal["batch", "calibrated"] = "batch"
     score: Literal["best", "pairs"] | None = None
+    rank_by: RankRule | None = None
     score_every: int = 0
     evaluate_top: int = 0
     race: int = 0
@@ -132,11 +143,15 @@ class SearchConfig:
             "momentum": (0, 1),
             "weight_decay": (0, 1),
             "refresh_every": (0, 10**9),
+            "start_accuracy": (0, 1),
+            "average_last": (0, 1),
             "warm_up": (0, 1),
             "ucb_constant": (0, 1000),
             "alpha_lr": (1e-9, 100),
             "seed": (0, 2**63 - 1),
             "score_every": (0, 10**6),
+            "adapt": (0, 10**6),
+            "adapt_lr": (0, 100),
             "evaluate_top": (0, 10**9),
             "race": (0, 10**9),
             "checkpoint_every": (1, 10**9),
@@ -151,8 +166,19 @@ class SearchConfig:
             parse_max_macs(self.max_macs)
         if not 0 < self.confidence < 1:
             raise InputError(f"confidence must be in (0, 1); got {self.confidence}")
-        if self.race and self.score == "pairs":
-            raise InputError("race ranks architectures, each with its best supernet: score must be best; got pairs")
+        needs_pairs = self.rank_by not in (None, "assigned")
+        if self.race and (self.score == "pairs" or needs_pairs):
+            given = "score pairs" if self.score == "pairs" else f"rank_by {self.rank_by}"
+            raise InputError(
+                f"race ranks architectures, each with its best supernet: score must be best and rank_by assigned; "
+                f"got {given}"
+            )
+        if self.race and self.adapt:
+            raise InputError(f"adapt trains each architecture before it is scored: race must be 0; got {self.race}")
+        if needs_pairs and self.score == "best":
+            raise InputError(
+                f"rank_by {self.rank_by} needs the accuracies of all pairs: score must be pairs, or not given; got best"
+            )
         if self.norm == "calibrated" and not self.fast_eval:
             raise InputError(
                 "norm calibrated needs fast_eval: one by one there are statistics of scoring batches alone"
@@ -182,6 +208,10 @@ class SearchConfig:
         if synthetic and self.preset == "default":
             special = {**special, "batch_size": _SYNTHETIC_BATCH}
         values = {**preset.fields, **special, "space": space, "supernets": supernets, "epochs": epochs}
+        if self.rank_by not in (None, "assigned"):
+            values["score"] = "pairs"
+        ranks_pairs = (self.score or values["score"]) == "pairs" and "rank_by" in methods.get(self.method).settings
+        values["rank_by"] = "best" if ranks_pairs else "assigned"
         known = {field.name for field in fields(self)}
         given = {name: getattr(self, name) for name in known}
         chosen = {k: v for k, v in values.items() if k in known and given[k] is None}
@@ -224,31 +254,7 @@ class FilledConfig(SearchConfig):
     schedule: Literal["inverse", "temperature"] = field()
     balance_every: int | Literal["epoch"] = field()
     score: Literal["best", "pairs"] = field()
-
-
-def config_from_mapping(values: Mapping[str, Any], source: str) -> SearchConfig:
-    """A config from what a YAML file holds. Raises InputError for an unknown key, naming the nearest known one."""
-    known = [entry.name for entry in fields(SearchConfig)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
-            raise InputError(f"{source}: key {key!r} is unknown{hint}")
-    given = dict(values)
-    if isinstance(given.get("out"), str):
-        given["out"] = Path(given["out"])
-    return SearchConfig(**given)
-
-
-def load_config(path: Path) -> SearchConfig:
-    """A config from a YAML file (`--config`, or a run's config.yaml)."""
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config {path}: {error}") from error
-    if not isinstance(values, dict | None):
-        raise InputError(f"config {path}: expected a mapping of settings, got {type(values).__name__}")
-    return config_from_mapping(values or {}, f"config {path}")
+    rank_by: RankRule = field()
 
 
 # Presets. Sources: Javan et al. 2023, section 3 and appendix ("paper"); the settings of the code released with it

@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy as np
 from bmsn import methods
 from bmsn.config import SearchConfig
 from bmsn.correlation import agreement, load_truth
-from bmsn.cost import pareto_front, within_macs
+from bmsn.cost import within_macs
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, split_halves
 from bmsn.data.batches import as_tensor
 from bmsn.engine_mixture import image_device
@@ -25,9 +24,11 @@ from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores
 from bmsn.methods.base import Cost
 from bmsn.methods.problem import Problem
-from bmsn.racing import Race, images_seen
+from bmsn.racing import Race
+from bmsn.rank_rules import IN_WORDS
+from bmsn.ranking import rank_architectures, record_scores, rules_against_truth
 from bmsn.result import RankedArchitecture
-from bmsn.space import Architecture, SearchSpace
+from bmsn.space import SearchSpace
 from bmsn.trainer import compute_dtype, resolve_device
 
 _log = logging.getLogger("bmsn.search")
@@ -163,13 +164,14 @@ class SearchLoop:
                 self.write({"step": step, **snapshot})
         every = self.config.score_every * self.steps_per_epoch
         if every and step % every == 0 and step < self.num_steps:
-            ranked = self.rank(self.score())
+            scores = self.score()
+            ranked = self.rank(scores)
             self.write({
                 "kind": "ranking", "step": step, "epoch": step // self.steps_per_epoch,
                 "best": ranked[0].architecture.slug,
                 "accuracy": {row.architecture.slug: row.accuracy for row in ranked},
                 "supernet": {row.architecture.slug: row.supernet for row in ranked},
-                "truth": self.against_truth(ranked), "cost": self.method.cost.as_dict(),
+                "truth": self.against_truth(ranked, scores), "cost": self.method.cost.as_dict(),
             })  # fmt: skip
 
     # Scoring and ranking. ---------------------------------------------------------------------------------------------
@@ -192,51 +194,27 @@ class SearchLoop:
             pairs.sort(key=lambda pair: order.index(pair[0].index))
         return self.method.score(pairs, watching=watching)
 
+    def record(self, scores: Scores | Race) -> dict[str, Any]:
+        """The counts as plain values, which rankings are made from."""
+        return record_scores(scores, self.method.rank().assignment if self.config.score == "pairs" else None)
+
     def rank(self, scores: Scores | Race) -> tuple[RankedArchitecture, ...]:
-        """Architectures from best to worst: by validation accuracy, or as the method ranks them itself.
-
-        By accuracy: after those scored on all images come those that a race dropped, by their accuracy on the images
-        they saw, and then those not scored, as the method ranks them.
+        """Architectures from best to worst: by validation accuracies, as `config.rank_by` says, or as the method ranks
+        them itself.
         """
-        own = self.method.rank()
-        counts: dict[int, tuple[int, int, int]] = {}  # correct, images seen, supernet
-        for (a, supernet), *count in zip(scores.pairs, scores.correct.tolist(), images_seen(scores), strict=True):
-            if a.index not in counts or count[0] > counts[a.index][0]:
-                counts[a.index] = (count[0], count[1], supernet)
-        place = np.argsort(own.order)
-        by_estimate = np.argsort(np.argsort(-own.estimate, kind="stable"))  # NaN: last
+        return rank_architectures(
+            self.record(scores), self.method.rank(), self.config.rank_by if self.method.by_accuracy else None,
+            self.searched, self.problem.macs, self.macs[self.space.default.index],
+        )  # fmt: skip
 
-        def key(a: Architecture) -> tuple[bool, bool, float, int]:
-            correct, seen, _ = counts.get(a.index, (0, 0, 0)) if self.method.by_accuracy else (0, 0, 0)
-            return seen < scores.total, seen == 0, -correct / max(1, seen), int(place[a.index])
+    @property
+    def ranked_by(self) -> str:
+        """In words."""
+        return IN_WORDS[self.config.rank_by] if self.method.by_accuracy else self.method.ranked_by
 
-        rows = []
-        for rank, a in enumerate(sorted(self.problem.space, key=key), start=1):
-            correct, seen, supernet = counts.get(a.index, (0, 0, int(own.supernet[a.index])))
-            accuracy = correct / seen if seen else None
-            estimate = float(own.estimate[a.index])
-            rows.append(
-                RankedArchitecture(
-                    rank=rank,
-                    architecture=self.searched[a.index],
-                    accuracy=accuracy,
-                    standard_error=None if accuracy is None else math.sqrt(accuracy * (1 - accuracy) / seen),
-                    images_seen=seen,
-                    supernet=supernet if supernet >= 0 else None,
-                    macs=self.problem.macs[a.index],
-                    macs_ratio=self.problem.macs[a.index] / self.macs[self.space.default.index],
-                    ema_accuracy=None if math.isnan(estimate) else estimate,
-                    ema_rank=None if math.isnan(estimate) else int(by_estimate[a.index]) + 1,
-                    pareto=False,  # until all rows are there
-                )
-            )
-        accuracies = [row.accuracy if row.images_seen == scores.total else None for row in rows]
-        front = pareto_front(accuracies, [row.macs for row in rows])
-        return tuple(replace(row, pareto=on_it) for row, on_it in zip(rows, front, strict=True))
-
-    def against_truth(self, ranked: Sequence[RankedArchitecture]) -> dict[str, Any]:
-        """Agreement of the ranking, of the final scoring, of the estimates and of MACs alone with the truth; empty
-        where there is none.
+    def against_truth(self, ranked: Sequence[RankedArchitecture], scores: Scores | Race) -> dict[str, Any]:
+        """Agreement of the ranking, of the final scoring, of the estimates, of MACs alone and of every rule that the
+        scores suffice for with the truth; empty where there is none.
 
         Of accuracies those on all images count, and no others: a race leaves some on fewer images, which are not to be
         compared with them.
@@ -244,15 +222,18 @@ class SearchLoop:
         if self.truth is None:
             return {}
         macs = {row.architecture.index: float(row.macs) for row in ranked}
+        indices = {a.slug: a.index for a in self.searched}
         whole = [row for row in ranked if row.images_seen == len(self.validation)]
         accuracy = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
+        value = {row.architecture.index: row.value for row in whole if row.value is not None}
         order = {row.architecture.index: -float(row.rank) for row in ranked}
         ema = {row.architecture.index: row.ema_accuracy for row in ranked if row.ema_accuracy is not None}
         return {
-            "ranking": agreement(accuracy if self.method.by_accuracy else order, self.truth, macs),
+            "ranking": agreement(value if self.method.by_accuracy else order, self.truth, macs),
             "accuracy": agreement(accuracy, self.truth, macs),
             "ema": agreement(ema, self.truth, macs),
             "macs": agreement(macs, self.truth, macs) | {"partial_kendall": None},
+            "rules": rules_against_truth(self.record(scores), indices, self.truth, macs),
             "missing": [a.slug for a in self.searched if a.index not in self.truth],
         }
 

@@ -45,6 +45,8 @@ class RankedArchitecture:
         ema_accuracy: a[c, m*], the moving average from training, or another method's own estimate, larger is better;
             None: it has none. ema_rank: place by it.
         pareto: whether it is on the front of `accuracy` against `macs`, among those scored on all images.
+        rank_value: what the rank is by, where it is made of several accuracies (`rank_by` mean, weighted or level); on
+            the scale of an accuracy, but `level` may leave [0, 1].
     """
 
     rank: int
@@ -58,6 +60,12 @@ class RankedArchitecture:
     ema_accuracy: float | None
     ema_rank: int | None
     pareto: bool
+    rank_value: float | None = None
+
+    @property
+    def value(self) -> float | None:
+        """What a ranking by validation accuracies is by: `rank_value` where there is one, else `accuracy`."""
+        return self.accuracy if self.rank_value is None else self.rank_value
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values; `architecture` as 4-3-3, `index` from 1."""
@@ -76,11 +84,12 @@ class SearchResult:
         data: name, fingerprint and sizes of the data set.
         timings: train_images_per_second, train_seconds, score_seconds, total_seconds.
         scores: correct counts of every scored pair: `architecture`, `supernet`, `correct` among `images_seen`, and
-            `total`, the images of the validation half.
+            `total`, the images of the validation half; where all pairs were scored also `probability`, their p(m|c).
         cost: training_images, validation_images, training_macs, validation_macs (`bmsn.methods.base.Cost`).
         method: ranked_by and estimate, what `rank` and `ema_accuracy` are in words, and what that method alone found.
         truth: agreement with stand-alone accuracies where `truth` was given, else empty: of the ranking, of the
-            accuracy of the final scoring, of the estimates (ema) and of MACs alone.
+            accuracy of the final scoring, of the estimates (ema) and of MACs alone; where all pairs were scored, of
+            every rule of `bmsn.rank_rules` (rules).
         latency: of the networks trained alone, where it was asked for, else empty (`bmsn.latency.Latency.as_dict`).
         notes: what the reader must know, such as updates skipped for a loss that was not finite.
     """
@@ -129,7 +138,8 @@ class SearchResult:
     def to_csv(self) -> str:
         """The content of ranking.csv."""
         text = io.StringIO()
-        columns = [*CSV_COLUMNS, *(f"latency_ms_{size}" for size in self._batch_sizes)]
+        by_value = ["rank_value"] if self._rule_in_words else []
+        columns = [*CSV_COLUMNS, *by_value, *(f"latency_ms_{size}" for size in self._batch_sizes)]
         writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for row in self.ranking:
@@ -137,6 +147,11 @@ class SearchResult:
             times = {f"latency_ms_{size}": f"{self._latency(row, size):.4f}" for size in self._batch_sizes}
             writer.writerow(cells | times)
         return text.getvalue()
+
+    @property
+    def _rule_in_words(self) -> str:
+        """`by mean` and the like, where ranks are by other values than the accuracies that stand beside them."""
+        return f"by {self.config['rank_by']}" if any(row.rank_value is not None for row in self.ranking) else ""
 
     @property
     def _batch_sizes(self) -> list[str]:
@@ -154,6 +169,9 @@ class SearchResult:
             f"{'rank':>4}  {'architecture':<12}  {'accuracy %':>14}  {'supernet':>8}  {'MACs':>6}  "
             f"{f'{estimate} rank':>11}"
         ]
+        rule = self._rule_in_words
+        if rule:
+            lines[0] += f"  {f'{rule} %':>13}"
         raced = any(0 < row.images_seen < self.scores["total"] for row in self.ranking)
         if raced:
             lines[0] += f"  {'images':>7}"
@@ -169,6 +187,7 @@ class SearchResult:
             lines.append(
                 f"{row.rank:>4}  {row.architecture!s:<12}  {accuracy:>14}  {supernet:>8}  "
                 f"{row.macs_ratio:>5.2f}x{'*' if row.pareto else ' '} {ema:>11}"
+                + (f"  {_percent(row.rank_value):>13}" if rule else "")
                 + (f"  {row.images_seen:>7}" if raced else "")
                 + "".join(f"  {self._latency(row, size):>9.2f}" for size in self._batch_sizes)
             )
@@ -199,10 +218,14 @@ class SearchResult:
             "regret of top 1, 3, 5 (points)",
         ]
         own = f"by {self.method['estimate']}"
-        labels = {"ranking": "this ranking", "accuracy": "by accuracy", "ema": own, "macs": "by MACs alone"}
-        for name, label in labels.items():
-            figures = self.truth.get(name)  # older results lack that by accuracy
-            if figures is None or figures["n"] == 0 or (name == "accuracy" and figures == self.truth["ranking"]):
+        figures_by = {
+            "this ranking": self.truth["ranking"], "by accuracy": self.truth.get("accuracy"), own: self.truth["ema"],
+            "by MACs alone": self.truth["macs"],
+        }  # fmt: skip
+        figures_by |= {f"rank_by {rule}": figures for rule, figures in self.truth.get("rules", {}).items()}
+        for label, figures in figures_by.items():
+            # Older results lack that by accuracy.
+            if figures is None or figures["n"] == 0 or (label == "by accuracy" and figures == self.truth["ranking"]):
                 continue
             cells = [
                 _number(figures[key], width)
@@ -230,7 +253,15 @@ def _upgraded(content: dict[str, Any], source: str) -> dict[str, Any]:
         for row, pareto in zip(rows, pareto_front(accuracies, [row["macs"] for row in rows]), strict=True):
             row["pareto"] = pareto
         content["latency"] = {}
+    # Additions that need no schema of their own: what they say is not said by older results.
+    content["config"].setdefault("rank_by", "best" if content["config"].get("score") == "pairs" else "assigned")
+    for row in content["ranking"]:
+        row.setdefault("rank_value", None)
     return content
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
 
 
 def _number(value: float | None, width: int) -> str:

@@ -14,7 +14,7 @@ from bmsn.errors import InputError
 from bmsn.evaluator import Scores
 from bmsn.latency import Latency, measure_latency
 from bmsn.loop import SearchLoop
-from bmsn.racing import Race, images_seen
+from bmsn.racing import Race
 from bmsn.result import SearchResult
 from bmsn.runfolder import MetricsFile, RunFolder
 from bmsn.space import SearchSpace
@@ -174,16 +174,10 @@ def _search(
             "score_seconds": finished - score_started,
             "total_seconds": earlier + finished - started,
         },
-        scores={
-            "architecture": [a.slug for a, _ in scores.pairs],
-            "supernet": [m for _, m in scores.pairs],
-            "correct": scores.correct.tolist(),
-            "images_seen": images_seen(scores),
-            "total": scores.total,
-        },
+        scores=loop.record(scores),
         cost=loop.method.cost.as_dict(),
-        method={"ranked_by": loop.method.ranked_by, "estimate": loop.method.estimate} | loop.method.findings(),
-        truth=loop.against_truth(ranked),
+        method={"ranked_by": loop.ranked_by, "estimate": loop.method.estimate} | loop.method.findings(),
+        truth=loop.against_truth(ranked, scores),
         latency={} if latency is None else latency.as_dict(),
         notes=_notes(loop, scores),
     )

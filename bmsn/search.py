@@ -13,7 +13,8 @@ import tyro
 import yaml
 
 from bmsn.command import run_command, until_signalled
-from bmsn.config import SearchConfig, load_config
+from bmsn.config import SearchConfig
+from bmsn.config_files import load_config
 from bmsn.memory import keep_freed_memory
 from bmsn.run import run_search
 

@@ -25,8 +25,9 @@ from bmsn.space import SearchSpace
 # Settings that do not fit every method: each lists those it takes in `Method.settings`.
 OPTIONAL_SETTINGS = (
     "refresh_every", "score_every", "evaluate_top", "race", "norm", "engine", "warm_up", "ucb_constant",
-    "alpha_lr", "max_macs",
+    "alpha_lr", "max_macs", "rank_by", "average_last", "adapt", "adapt_lr", "start_accuracy",
 )  # fmt: skip
+_FITS_ALL = {"rank_by": "assigned"}  # beside the default
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Cost:
     """What a search has computed so far; the rankings of `score_every`, which only watch, are not counted.
 
     Attributes:
-        training_images: images in training steps.
+        training_images: images in training steps, those of `adapt` included.
         validation_images: images predicted to learn an accuracy, once for each network they went through.
         training_macs: multiply-accumulates of the training steps: three times those of the forward pass.
         validation_macs: those of the predictions, each network by itself (scoring in one pass needs fewer).
@@ -82,11 +83,14 @@ class Ranking:
         order: (C,) int64: architecture indices, best first.
         estimate: (C,) float64: what the method thinks an architecture is worth, larger is better; NaN: nothing.
         supernet: (C,) int64: the supernet that scores it; -1: none.
+        assignment: (C, M) float64, p(m|c), of a method whose every supernet trains every architecture; None: it is not
+            such a one.
     """
 
     order: NDArray[np.int64]
     estimate: NDArray[np.float64]
     supernet: NDArray[np.int64]
+    assignment: NDArray[np.float64] | None = None
 
 
 class Sampler(ABC):
@@ -173,9 +177,9 @@ class Method(ABC):
         """Raises InputError for a setting that was given and does not fit the method."""
         defaults = {field.name: field.default for field in fields(SearchConfig)}
         for name in OPTIONAL_SETTINGS:
-            value = getattr(config, name)
-            if name not in cls.settings and value != defaults[name]:
-                raise InputError(f"{name} does not fit method {cls.name}: it must be {defaults[name]}; got {value}")
+            value, fits = getattr(config, name), _FITS_ALL.get(name, defaults[name])
+            if name not in cls.settings and value not in (defaults[name], fits):
+                raise InputError(f"{name} does not fit method {cls.name}: it must be {fits}; got {value}")
 
     @abstractmethod
     def step(self, step: int) -> Outcome:

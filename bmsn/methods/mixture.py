@@ -37,6 +37,7 @@ class MixtureSampler(Sampler):
         procedure: ema_decay, tol and visits.
         balance_every: steps from one balance to the next.
         temperature: 1/tau after a number of steps, 0 to `num_steps`.
+        start_accuracy: a[c,m] before the first visit.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class MixtureSampler(Sampler):
         procedure: Procedure,
         balance_every: int,
         temperature: Callable[[int], float],
+        start_accuracy: float = 1.0,
     ) -> None:
         self._space, self._num_steps, self.temperature = space, num_steps, temperature
         self.balance_every = balance_every
@@ -56,6 +58,7 @@ class MixtureSampler(Sampler):
             num_architectures=len(space),
             num_supernets=num_supernets,
             ema_decay=procedure.ema_decay,
+            initial_score=start_accuracy,
             tol=procedure.tol,
             balance_every=balance_every,
         )
@@ -87,9 +90,10 @@ class MixtureSampler(Sampler):
 
     def rank(self) -> Ranking:
         """By a[c, m*], m* = argmax_m p(m|c) at the last temperature."""
-        best = self.mixture.best_supernet(self.temperature(self._num_steps))
+        assignment = self.mixture.assignment(self.temperature(self._num_steps))
+        best = assignment.argmax(1)
         estimate = self.mixture.scores[np.arange(len(best)), best]
-        return Ranking(np.argsort(-estimate, kind="stable"), estimate, best)
+        return Ranking(np.argsort(-estimate, kind="stable"), estimate, best, assignment)
 
     def metrics(self, step: int) -> dict[str, Any]:
         temperature = self.temperature(step)
@@ -122,7 +126,7 @@ class Mixture(SupernetMethod):
     """`--method mixture`: M supernets, each architecture ranked by its accuracy in its best one."""
 
     name: ClassVar[str] = "mixture"
-    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine"}
+    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine", "rank_by", "start_accuracy"}
     sampler: MixtureSampler
 
     def __init__(self, problem: Problem) -> None:
@@ -149,6 +153,7 @@ class Mixture(SupernetMethod):
             procedure=config.procedure,
             balance_every=problem.train.steps_per_epoch if every == "epoch" else every,
             temperature=lambda step: inverse_temperature(problem.progress(step), config.schedule, config.supernets),
+            start_accuracy=config.start_accuracy,
         )  # fmt: skip
 
     def steps(self, step: int, stop: int) -> list[Outcome]:
@@ -157,8 +162,11 @@ class Mixture(SupernetMethod):
             return super().steps(step, stop)
         if not runs_ahead(problem.device):
             stop = step + 1
+        if self.average is not None:
+            stop = min(stop, self.average.next_after(step))
         refresh = partial(self._refresh, stop - 1) if every and stop % every == 0 else None  # in the last of them
         done, self.sampler.supernet = self._engine.run(step, stop, refresh)
+        self._average(stop)
         outcomes = []
         for index, supernet, loss, accuracy in zip(
             self.sampler.drawn[step:stop].tolist(), done.supernets, done.losses, done.accuracies, strict=True

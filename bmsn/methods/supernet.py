@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from bmsn.adaptation import score_adapted
 from bmsn.evaluator import Scores, score_architectures, score_one_by_one
 from bmsn.methods.base import Method, Outcome, Ranking, Sampler
 from bmsn.methods.problem import Problem
@@ -21,6 +22,7 @@ from bmsn.plan import Pair
 from bmsn.racing import Race, images_seen, race
 from bmsn.rng import torch_seed
 from bmsn.trainer import batch_accuracy, train_step
+from bmsn.weight_average import WeightAverage
 
 NUM_CALIBRATION = 1024  # training images that calibrated statistics are measured on
 
@@ -30,11 +32,22 @@ class SupernetMethod(Method):
 
     Attributes:
         nets: the supernets; velocity: (M, P), their momentum.
+        average: the mean of the last weights, which is scored once there is one; None: the last weights are.
         sampler: says which architecture trains in which supernet.
     """
 
     settings: ClassVar[frozenset[str]] = frozenset(
-        {"refresh_every", "score_every", "evaluate_top", "race", "norm", "max_macs"}
+        {
+            "refresh_every",
+            "score_every",
+            "evaluate_top",
+            "race",
+            "norm",
+            "max_macs",
+            "average_last",
+            "adapt",
+            "adapt_lr",
+        }
     )
 
     def __init__(self, problem: Problem) -> None:
@@ -47,6 +60,9 @@ class SupernetMethod(Method):
         self.nets.pixel_table = problem.table
         self.nets.to(problem.device)
         self.velocity = torch.zeros_like(self.nets.arena.detach())
+        self.average: WeightAverage | None = None
+        if config.average_last:
+            self.average = WeightAverage(self.nets, problem.num_steps, config.average_last)
         self.sampler = self.make_sampler(problem)
 
     @classmethod
@@ -72,6 +88,7 @@ class SupernetMethod(Method):
         if config.refresh_every and (step + 1) % config.refresh_every == 0:
             self._refresh(step)
         self.sampler.observe(step, index, supernet, accuracy)
+        self._average(step + 1)
         return Outcome(loss, accuracy, f"architecture {architecture} with supernet {supernet}")
 
     def _refresh(self, step: int) -> None:
@@ -80,6 +97,11 @@ class SupernetMethod(Method):
         scores = score_architectures(self.nets, images, labels, self.pairs(), batch_size=len(images))
         self._count(scores)
         self.sampler.refresh(self.sampler.pairs(), scores.accuracy.numpy())
+
+    def _average(self, step: int) -> None:
+        """Takes the weights after `step` steps into the mean, where it is their turn."""
+        if self.average is not None:
+            self.average.update(step, self.nets)
 
     def rank(self) -> Ranking:
         return self.sampler.rank()
@@ -94,14 +116,24 @@ class SupernetMethod(Method):
         if config.norm == "calibrated":
             known = problem.training_images(NUM_CALIBRATION)
             scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
+        nets = self.average.nets if self.average is not None and self.average.count else self.nets
         scores: Scores | Race
-        if config.race and not watching:
+        if config.adapt:
+            scores = score_adapted(
+                nets, images, labels, pairs, steps=config.adapt,
+                batch=lambda step: problem.train_batch(problem.num_steps + step),  # those that would come next
+                lr=config.adapt_lr, momentum=config.momentum, weight_decay=config.weight_decay,
+                batch_size=config.batch_size, score=scorer,
+            )  # fmt: skip
+            for architecture, _ in pairs if not watching else ():
+                self.cost.train(config.adapt * config.batch_size, problem.macs[architecture.index])
+        elif config.race and not watching:
             scores = race(
-                self.nets, images, labels, config.race, confidence=config.confidence, pairs=pairs,
+                nets, images, labels, config.race, confidence=config.confidence, pairs=pairs,
                 batch_size=config.batch_size, seed=config.seed, score=scorer,
             )  # fmt: skip
         else:
-            scores = scorer(self.nets, images, labels, pairs, batch_size=config.batch_size)
+            scores = scorer(nets, images, labels, pairs, batch_size=config.batch_size)
         if not watching:
             self._count(scores)
         return scores
@@ -120,14 +152,17 @@ class SupernetMethod(Method):
         return self.sampler.findings()
 
     def state_dict(self) -> dict[str, Any]:
-        return {
+        state = {
             "arena": self.nets.arena.detach().cpu().clone(),
             "velocity": self.velocity.cpu().clone(),
             "sampler": self.sampler.state_dict(),
         }
+        return state if self.average is None else state | {"average": self.average.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with torch.no_grad():
             self.nets.arena.copy_(state["arena"])
         self.velocity.copy_(state["velocity"])
         self.sampler.load_state_dict(state["sampler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
