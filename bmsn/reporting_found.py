@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bmsn.figures_accuracy import accuracy_map, drawings, pareto_figure, truth_figure
+from bmsn.cost import pareto_front
+from bmsn.figures_accuracy import accuracy_map, drawings, truth_figure
+from bmsn.reporting_cost import cost_blocks, latency_columns
+from bmsn.reporting_methods import method_blocks
 from bmsn.reporting_page import Block, Cell, Heading, Plot, Row, Table, Text, cell, percent
 from bmsn.reporting_run import ReportedRow, ReportedRun
-from bmsn.reporting_statistics import pareto_front
 
 WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not after retraining."
 
@@ -16,7 +18,7 @@ WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not
 def found_blocks(run: ReportedRun, name: str) -> list[Block]:
     """The blocks of a run, those without data left out; figures are called `name`-..."""
     blocks: list[Block] = []
-    for part in (_found, _against_truth, _ranking, _maps, _pareto, _drawings, _method, _retrained):
+    for part in (_found, _against_truth, _ranking, _maps, cost_blocks, _drawings, method_blocks, _retrained):
         blocks += part(run, name)
     return blocks
 
@@ -78,11 +80,10 @@ def _tau(what: str, figures: dict[str, Any]) -> str:
 
 
 def _ranking(run: ReportedRun, name: str) -> list[Block]:
-    scored = [row for row in run.rows if row.accuracy is not None]
     if not run.rows:
         return []
-    places = pareto_front([row.macs for row in scored], [row.accuracy or 0.0 for row in scored])
-    front = {scored[place].architecture for place in places}
+    on_front = pareto_front([row.accuracy for row in run.whole], [row.macs for row in run.whole])
+    front = {row.architecture for row, is_on_it in zip(run.whole, on_front, strict=True) if is_on_it}
     total = run.result.get("scores", {}).get("total")
     optional: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
         ("± %", "standard_error" in run.rows[0].other, lambda row: percent(row.other["standard_error"])),
@@ -94,7 +95,7 @@ def _ranking(run: ReportedRun, name: str) -> list[Block]:
          lambda row: cell(row.other["ema_rank"])),
         ("alone %", any(row.truth is not None for row in run.rows), lambda row: cell(row.truth, "{:.2f}")),
     ]  # fmt: skip
-    shown = [(column, make) for column, there, make in optional if there]
+    shown = [(column, make) for column, there, make in optional if there] + latency_columns(run)
     rows = [
         Row(
             [
@@ -129,20 +130,6 @@ def _maps(run: ReportedRun, name: str) -> list[Block]:
     return [Heading("Accuracy by pooling positions"), *blocks] if blocks else []
 
 
-def _pareto(run: ReportedRun, name: str) -> list[Block]:
-    scored = [(row, row.accuracy) for row in run.rows if row.accuracy is not None]
-    if not scored:
-        return []
-    default = next((i for i, (row, _) in enumerate(scored) if row.architecture == run.space.default), None)
-    figure = pareto_figure(
-        [str(row.architecture) for row, _ in scored], [row.macs_ratio for row, _ in scored],
-        [100 * accuracy for _, accuracy in scored], default=default,
-        labels=("MACs relative to the default", "accuracy in the supernet (%)"),
-    )  # fmt: skip
-    caption = "Nothing is at once cheaper and better than what is on the front."
-    return [Heading("Accuracy against cost"), Plot(f"{name}-pareto", "Pareto front", caption, figure)]
-
-
 def _drawings(run: ReportedRun, name: str) -> list[Block]:
     if not run.rows:
         return []
@@ -152,31 +139,12 @@ def _drawings(run: ReportedRun, name: str) -> list[Block]:
         chosen[cheap.architecture] = f"rank {cheap.rank}, best\nat ≤ 1x MACs"
     if default is not None:
         chosen[default.architecture] = f"default, rank {default.rank}"
-    size = run.result.get("data", {}).get("image_size", run.space.image_size)
-    rows = [(f"{a}\n{what}", run.space.map_sizes(a, size)) for a, what in chosen.items()]
+    rows = [(f"{a}\n{what}", run.space.map_sizes(a, run.image_size)) for a, what in chosen.items()]
     if run.resolution_path is not None:
         full = rows[0][1][0]  # the first layer is never pooled
         rows.insert(0, ("path found", tuple(full // 2**resolution for resolution in run.resolution_path)))
     caption = "Height and width of each layer's output map, in pixels; lines: where it changes."
     return [Heading("Architectures"), Plot(f"{name}-drawings", "Architectures", caption, drawings(rows))]
-
-
-def _method(run: ReportedRun, name: str) -> list[Block]:
-    """What the method alone found: numbers and texts in one table, each table of its own (a list of rows, numbers by
-    name) by itself; what is neither is left out.
-    """
-    found = {k: v for k, v in run.result.get("method", {}).items() if k not in ("ranked_by", "estimate")}
-    plain = [Row([cell(key), cell(value)]) for key, value in found.items() if isinstance(value, str | int | float)]
-    tables = [Table(("found", "value"), plain)] if plain else []
-    for key, value in found.items():
-        if isinstance(value, dict) and value:
-            rows = [Row([cell(str(k)), cell(str(v))]) for k, v in value.items()]
-            tables.append(Table((key, "value"), rows, sortable=True))
-        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            columns = list(value[0])
-            rows = [Row([cell(row.get(column)) for column in columns]) for row in value]
-            tables.append(Table(columns, rows, key))
-    return [Heading("What the method found"), *tables] if tables else []
 
 
 def _retrained(run: ReportedRun, name: str) -> list[Block]:
