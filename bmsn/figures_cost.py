@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from bmsn.cost import pareto_front
 from bmsn.figures import ACCENT, MARKERS, PALETTE, colour, finish_grid, new_figure
 
+_MANY = 150  # points: more are drawn smaller
+
 
 @dataclass(frozen=True, kw_only=True)
 class CostPanel:
@@ -78,10 +80,15 @@ def pareto_panels(
     return figure
 
 
+def _size(points: Sequence[float]) -> float:
+    """Area of a point's mark."""
+    return 45.0 if len(points) <= _MANY else 16.0
+
+
 def _leave_room(axis: Axes, cost: Sequence[float]) -> None:
     """Room for names to the left of the cheapest; no cost is negative."""
     low, high = axis.get_xlim()
-    axis.set_xlim(min(low, min(cost) - 0.3 * (high - min(cost))), high)
+    axis.set_xlim(min(low, min(cost) - 0.36 * (high - min(cost))), high)
     axis.set_xticks([tick for tick in axis.get_xticks() if 0 <= tick <= high])
 
 
@@ -95,7 +102,9 @@ def _front(
     rest = [i for i, on_it in enumerate(on_front) if not on_it]
     if panel.quartiles:
         axis.hlines(accuracy, *zip(*panel.quartiles, strict=True), color="#BBBBBB", linewidth=2, zorder=0)
-    axis.scatter([cost[i] for i in rest], [accuracy[i] for i in rest], s=45, color="#999999", label="dominated")
+    axis.scatter(
+        [cost[i] for i in rest], [accuracy[i] for i in rest], s=_size(cost), color="#999999", label="dominated"
+    )
     axis.plot(
         [cost[i] for i in front], [accuracy[i] for i in front], "-o", markersize=9, color=PALETTE[0],
         label="Pareto front",
@@ -132,7 +141,14 @@ def latency_figure(macs_ratio: Sequence[float], panels: Sequence[CostPanel], *, 
         shade = colour(place, len(panels))
         axis.vlines(macs_ratio, *zip(*panel.quartiles, strict=True), color=shade, alpha=0.4, linewidth=2)
         axis.scatter(
-            macs_ratio, panel.cost, s=50, color=shade, marker=MARKERS[place], edgecolor="white", linewidth=0.7, zorder=2
+            macs_ratio,
+            panel.cost,
+            s=_size(macs_ratio),
+            color=shade,
+            marker=MARKERS[place],
+            edgecolor="white",
+            linewidth=0.5,
+            zorder=2,
         )
         if default is not None:
             ends = np.array([0.0, max(macs_ratio)])

@@ -21,7 +21,7 @@ _INVISIBLE = 0.0004  # of the width: a third of a pixel
 
 
 def course_figure(
-    x: NDArray[np.float64], panels: Sequence[tuple[str, NDArray[np.float64]]], row_names: Sequence[str] | None, *,
+    x: NDArray[np.float64], panels: Sequence[tuple[str, NDArray[np.float64]]], row_names: Sequence[str], *,
     x_label: str, curves: Sequence[tuple[str, Sequence[float], Sequence[float]]] = (),
 ) -> Figure:  # fmt: skip
     """Values of the architectures over training as maps side by side: a row an architecture, time to the right.
@@ -29,12 +29,12 @@ def course_figure(
     Args:
         x: (S,) where each snapshot ends; the first begins at 0.
         panels: name and (S, C) values; NaN stays grey.
-        row_names: None: they are too many to be named.
+        row_names: of the C architectures.
         x_label: what `x` is.
         curves: name, x and y of lines above the maps, one above each; empty: there are none.
     """
-    num_rows = panels[0][1].shape[1]
-    height = 7.0 if row_names is None else max(0.215 * num_rows, 1.8) + 1.6
+    num_rows = len(row_names)
+    height = max(0.215 * num_rows, 1.8) + 1.6
     ratios = [1.1, height - 0.3] if curves else [1.0]
     figure, axes = new_figure(
         height + (1.4 if curves else 0), len(ratios), len(panels), sharex=True, height_ratios=ratios
@@ -54,7 +54,8 @@ def course_figure(
         axis.set_facecolor(_UNKNOWN)
         axis.grid(visible=False)
         axis.invert_yaxis()
-        axis.set_yticks(range(num_rows) if row_names and place == 0 else [], row_names if place == 0 else None)
+        axis.set_yticks(range(num_rows), row_names if place == 0 else [""] * num_rows)
+        axis.tick_params(axis="y", length=0 if place else 3.5)
         axis.tick_params(axis="y", labelsize=11)
         axis.set_xlabel(x_label)
         figure.colorbar(image, ax=axis, location="bottom", label=name, aspect=28, pad=0.02)
@@ -194,8 +195,8 @@ def levels_figure(groups: Sequence[tuple[str, Sequence[tuple[str, float]]]], *, 
             axis.annotate(
                 name, (place, highest), xytext=(0, 8), textcoords="offset points", ha="center", va="bottom", fontsize=11
             )
-    axis.set_xticks(range(len(groups)), [f"{name}\n(n = {len(members)})" for name, members in groups])
-    axis.set(xlabel=x_label, ylabel=y_label)
+    axis.set_xticks(range(len(groups)), [f"{name}\n{len(members)}" for name, members in groups])
+    axis.set(xlabel=f"{x_label}\nnumber of architectures", ylabel=y_label)
     axis.margins(x=0.06, y=0.14)
     axis.grid(visible=False, axis="x")
     figure.legend(loc="outside upper center", ncols=2)

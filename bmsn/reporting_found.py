@@ -126,6 +126,7 @@ def _maps(run: ReportedRun, name: str) -> list[Block]:
         figure = accuracy_map(run.space, values, f"accuracy {label} (%)", marked) if values else None
         if figure is not None:
             caption = f"Accuracy {label}. Bold frame: the best; dashed: the default architecture."
+            caption += " Hatched: there is none." if len(values) < len(run.space) else ""
             blocks.append(Plot(f"{name}-{file}", f"Accuracy by pooling positions: {what}", caption, figure))
     return [Heading("Accuracy by pooling positions"), *blocks] if blocks else []
 

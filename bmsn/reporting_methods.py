@@ -15,6 +15,7 @@ from bmsn.reporting_records import (
     Course,
     ResolutionCourse,
     accuracy_course,
+    busiest,
     probability_course,
     share_course,
     tree_course,
@@ -22,6 +23,7 @@ from bmsn.reporting_records import (
 )
 from bmsn.reporting_run import MAX_NAMED, ReportedRow, ReportedRun
 
+_MAX_ROWS = 36  # architectures in a map over training
 # Findings that are told in words or figures, and not listed again.
 _TOLD = frozenset({
     "ranked_by", "estimate", "resolution_path", "resolution_path_architecture", "resolution_path_macs",
@@ -133,10 +135,14 @@ def _course(
     x, x_label = _time(run, course.steps)
     steps = run.records.get("step", [])
     curves = [(label, [r["epoch"] for r in steps], [r[key] for r in steps]) for key, label in above.items() if steps]
+    shown, course = busiest(course, _MAX_ROWS)
+    names = [str(run.searched[column]) for column in shown]
+    if len(shown) < len(run.searched):
+        names.append("others")
+        caption += f" The {_MAX_ROWS} architectures that had most of the search, and all others together."
     figure = course_figure(
-        x, [(labels[0], 100 * course.weight), (labels[1], 100 * course.value)],
-        [str(a) for a in run.searched] if len(run.searched) <= MAX_NAMED else None, x_label=x_label, curves=curves,
-    )  # fmt: skip
+        x, [(labels[0], 100 * course.weight), (labels[1], 100 * course.value)], names, x_label=x_label, curves=curves
+    )
     return Plot(name, title, caption, figure)
 
 

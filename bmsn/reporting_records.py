@@ -51,6 +51,25 @@ def probability_course(records: Sequence[Mapping[str, Any]]) -> Course:
     )
 
 
+def busiest(course: Course, most: int) -> tuple[list[int], Course]:
+    """The `most` architectures of the largest weight over the whole search, in their order, and all others in one.
+
+    Returns:
+        Their columns, and a course with one column more, the others': their weight together; they have no value. Where
+        there are no more than `most`, all columns and the course as it is.
+    """
+    if course.weight.shape[1] <= most:
+        return list(range(course.weight.shape[1])), course
+    total = np.nansum(course.weight, axis=0)
+    chosen = sorted(np.argsort(-total, kind="stable")[:most].tolist())
+    others = np.delete(course.weight, chosen, axis=1).sum(1, keepdims=True)
+    return chosen, Course(
+        steps=course.steps,
+        weight=np.hstack([course.weight[:, chosen], others]),
+        value=np.hstack([course.value[:, chosen], np.full_like(others, np.nan)]),
+    )
+
+
 def _steps(records: Sequence[Mapping[str, Any]]) -> NDArray[np.int64]:
     return np.array([record["step"] for record in records], np.int64)
 
