@@ -102,7 +102,7 @@ class TreeNode:
 
 
 def tree_nodes(space: SearchSpace, record: Mapping[str, Any]) -> list[TreeNode]:
-    """The visited nodes of a `tree` record, layer after layer, from left to right in the order of the architectures.
+    """The visited nodes of a `tree` record, layer after layer; boxes are in the order of the architectures.
 
     Args:
         space: what was searched: a space, or what a limit left of it (`SearchSpace.restricted`).
