@@ -33,7 +33,10 @@ def _found(run: ReportedRun, name: str) -> list[Block]:
     ]
     if default is not None and default is not best:
         parts.append(f"The default {default.architecture}{_accuracy(default)} has rank {default.rank}.")
-    return [Text(" ".join([*parts, f"Ranked by {run.ranked_by}.", WITHIN_SUPERNET]))]
+    parts.append(f"Ranked by {run.ranked_by}.")
+    if any(row.accuracy is not None for row in run.rows):
+        parts.append(WITHIN_SUPERNET)
+    return [Text(" ".join(parts))]
 
 
 def _accuracy(row: ReportedRow) -> str:
@@ -85,9 +88,18 @@ def _ranking(run: ReportedRun, name: str) -> list[Block]:
     on_front = pareto_front([row.accuracy for row in run.whole], [row.macs for row in run.whole])
     front = {row.architecture for row, is_on_it in zip(run.whole, on_front, strict=True) if is_on_it}
     total = run.result.get("scores", {}).get("total")
-    optional: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
-        ("± %", "standard_error" in run.rows[0].other, lambda row: percent(row.other["standard_error"])),
-        ("images", any(row.other.get("images_seen", total) != total for row in run.rows),
+    candidates: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
+        ("rank", True, lambda row: cell(row.rank)),
+        ("architecture", True, lambda row: cell(str(row.architecture))),
+        ("pooling before", True, lambda row: cell(_positions(row))),
+        ("accuracy %", any(row.accuracy is not None for row in run.rows), lambda row: percent(row.accuracy)),
+        ("supernet", any(row.supernet is not None for row in run.rows), lambda row: cell(row.supernet)),
+        ("MACs (M)", True, lambda row: cell(row.macs / 1e6, "{:.1f}")),
+        ("MACs", True, lambda row: cell(row.macs_ratio, "{:.2f}x")),
+        ("Pareto", bool(front), lambda row: cell("yes" if row.architecture in front else "")),
+        ("± %", any(row.other.get("standard_error") is not None for row in run.rows),
+         lambda row: percent(row.other["standard_error"])),
+        ("images", any(row.other.get("images_seen", total) not in (0, total) for row in run.rows),
          lambda row: cell(row.other["images_seen"])),
         (f"{run.estimate} %", any(row.other.get("ema_accuracy") is not None for row in run.rows),
          lambda row: percent(row.other["ema_accuracy"])),
@@ -95,21 +107,10 @@ def _ranking(run: ReportedRun, name: str) -> list[Block]:
          lambda row: cell(row.other["ema_rank"])),
         ("alone %", any(row.truth is not None for row in run.rows), lambda row: cell(row.truth, "{:.2f}")),
     ]  # fmt: skip
-    shown = [(column, make) for column, there, make in optional if there] + latency_columns(run)
-    rows = [
-        Row(
-            [
-                cell(row.rank), cell(str(row.architecture)), cell(_positions(row)), percent(row.accuracy),
-                cell(row.supernet), cell(row.macs / 1e6, "{:.1f}"), cell(row.macs_ratio, "{:.2f}x"),
-                cell("yes" if row.architecture in front else ""), *(make(row) for _, make in shown),
-            ],
-            is_marked=row.architecture == run.space.default,
-        )
-        for row in run.rows
-    ]  # fmt: skip
-    columns = ("rank", "architecture", "pooling before", "accuracy %", "supernet", "MACs (M)", "MACs", "Pareto")
+    shown = [(column, make) for column, there, make in candidates if there] + latency_columns(run)
+    rows = [Row([make(row) for _, make in shown], is_marked=row.architecture == run.space.default) for row in run.rows]
     caption = f"By {run.ranked_by}. A click on a column sorts by it. The default architecture is marked."
-    return [Heading("Ranking"), Table((*columns, *(column for column, _ in shown)), rows, caption, sortable=True)]
+    return [Heading("Ranking"), Table([column for column, _ in shown], rows, caption, sortable=True)]
 
 
 def _maps(run: ReportedRun, name: str) -> list[Block]:
