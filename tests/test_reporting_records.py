@@ -46,6 +46,15 @@ def test_tree_by_hand() -> None:
     ]
 
 
+@pytest.mark.parametrize(("pooling", "keeping", "picked"), [(0.8, 0.1, True), (0.1, 0.8, False), (0.5, 0.5, False)])
+def test_of_equal_visits_the_larger_reward_and_then_keep(pooling: float, keeping: float, picked: bool) -> None:
+    record = tree_record(
+        [[2], [1, 1], [0, 1, 1], [1, 0, 1]],
+        [[0.5], [keeping, pooling], [None, keeping, pooling], [pooling, None, keeping]],
+    )
+    assert next(node for node in tree_nodes(SPACE, record) if node.layer == 1 and node.pools).picked == picked
+
+
 def test_tree_without_a_visit_has_no_boxes() -> None:
     none: list[list[float | None]] = [[None], [None] * 2, [None] * 3, [None] * 3]
     assert tree_nodes(SPACE, tree_record([[0], [0] * 2, [0] * 3, [0] * 3], none)) == []
