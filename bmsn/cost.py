@@ -1,4 +1,4 @@
-"""What architectures cost: a limit on their multiply-accumulates, and the Pareto front of accuracy against them."""
+"""What architectures cost: a limit on their multiply-accumulates, and the Pareto front of accuracy against a cost."""
 
 from __future__ import annotations
 
@@ -43,17 +43,21 @@ def within_macs(space: SearchSpace, macs: Sequence[int], max_macs: str) -> list[
     return allowed
 
 
-def pareto_front(accuracy: Sequence[float | None], macs: Sequence[int]) -> list[bool]:
+def pareto_front(accuracy: Sequence[float | None], cost: Sequence[float]) -> list[bool]:
     """Which rows no other row beats: none is as cheap and as accurate, and cheaper or more accurate.
 
     Rows that are equal in both stand or fall together. A row without an accuracy is not on the front.
+
+    Args:
+        accuracy: larger is better.
+        cost: MACs, milliseconds, ...: smaller is better.
     """
-    front = [False] * len(macs)
+    front = [False] * len(cost)
     rows = [
-        (cost, -value, row) for row, (value, cost) in enumerate(zip(accuracy, macs, strict=True)) if value is not None
+        (price, -value, row) for row, (value, price) in enumerate(zip(accuracy, cost, strict=True)) if value is not None
     ]
-    best: tuple[float, int] | None = None  # -accuracy and MACs of the last one on the front, by rising MACs
-    for cost, worth, row in sorted(rows):
-        if best is None or worth < best[0] or (worth, cost) == best:
-            best, front[row] = (worth, cost), True
+    best: tuple[float, float] | None = None  # -accuracy and cost of the last one on the front, by rising cost
+    for price, worth, row in sorted(rows):
+        if best is None or worth < best[0] or (worth, price) == best:
+            best, front[row] = (worth, price), True
     return front

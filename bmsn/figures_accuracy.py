@@ -1,4 +1,4 @@
-"""Figures of what a search found: accuracy against truth, over pooling positions and against cost; drawings."""
+"""Figures of what a search found: accuracy against truth and over pooling positions; drawings."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from bmsn.figures import ACCENT, MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, finish_grid, new_figure
-from bmsn.reporting_statistics import pareto_front
 from bmsn.space import Architecture, SearchSpace
 
 _MAX_WRITTEN = 60  # cells of a map that still have their value written in them
-_LABEL_ROOM = 0.06  # of the range of accuracies: names of a front are at least so far apart
 
 
 def truth_figure(
@@ -134,45 +132,6 @@ def _bars(space: SearchSpace, accuracy: Mapping[int, float], label: str, best: A
     axis.set_xticks(range(1, space.num_layers))
     axis.set(xlabel="pooling before layer", ylabel=label)
     axis.grid(visible=False, axis="x")
-    return figure
-
-
-def pareto_figure(
-    names: Sequence[str], cost: Sequence[float], accuracy: Sequence[float], *,
-    default: int | None, labels: tuple[str, str],
-) -> Figure:  # fmt: skip
-    """Accuracy against cost with the Pareto front.
-
-    Args:
-        names: of the architectures; those on the front have theirs beside them where there is room, the best always.
-        cost, accuracy: as long as `names`; larger accuracy and smaller cost are better.
-        default: index of the default architecture; None: not among them.
-        labels: of cost and accuracy.
-    """
-    figure, (axis,) = new_figure(5.0)
-    front = pareto_front(cost, accuracy)
-    rest = [i for i in range(len(cost)) if i not in front]
-    axis.scatter([cost[i] for i in rest], [accuracy[i] for i in rest], s=45, color="#999999", label="dominated")
-    axis.plot(
-        [cost[i] for i in front], [accuracy[i] for i in front], "-o", markersize=9, color=PALETTE[0],
-        label="Pareto front",
-    )  # fmt: skip
-    if default is not None:
-        axis.plot(
-            cost[default], accuracy[default], "s", markersize=14, fillstyle="none", markeredgewidth=2.5, color=ACCENT,
-            linestyle="none", label="default",
-        )  # fmt: skip
-    room = _LABEL_ROOM * (max(accuracy) - min(accuracy))
-    written = np.inf  # height of the name last written: the front falls from the best to the cheapest
-    for i in reversed(front):
-        if written - accuracy[i] >= room:
-            written = accuracy[i]
-            axis.annotate(
-                names[i], (cost[i], accuracy[i]), xytext=(-6, 7), textcoords="offset points", ha="right", fontsize=12
-            )
-    axis.margins(x=0.16, y=0.12)
-    axis.set(xlabel=labels[0], ylabel=labels[1])
-    figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2)
     return figure
 
 

@@ -17,13 +17,18 @@ _PANELS = 6  # snapshots of p(m|c) side by side
 
 
 def training_figure(records: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, accuracy, learning rate and 1/tau over epochs, from `step` records; what no record has is left out."""
-    panels = (("loss", "training loss", 1), ("accuracy", "accuracy on validation batches (%)", 100),
-              ("lr", "learning rate", 1), ("inverse_temperature", "1/tau", 1))  # fmt: skip
+    """Loss, accuracy, learning rate and inverse temperature over epochs, from `step` records.
+
+    What no record has is left out.
+    """
+    panels = (("loss", "training loss", 1), ("accuracy", "validation accuracy (%)", 100),
+              ("lr", "learning rate", 1), ("inverse_temperature", "inverse temperature", 1))  # fmt: skip
     known = {key: [(r["epoch"], r[key]) for r in records if r.get(key) is not None] for key, *_ in panels}
     shown = [panel for panel in panels if known[panel[0]]]
-    rows = -(-len(shown) // 2)
-    figure, axes = new_figure(2.8 * rows, rows, 2)
+    columns = 3 if len(shown) == 3 else 2
+    rows = -(-len(shown) // columns)
+    figure, axes = new_figure(2.8 * rows, rows, columns)
+    figure.set_layout_engine("constrained", wspace=0.06)
     for axis, (key, label, factor) in zip(axes, shown, strict=False):
         axis.plot([epoch for epoch, _ in known[key]], [factor * value for _, value in known[key]], color=PALETTE[0])
         axis.set_title(label, loc="left")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bmsn.figures_accuracy import accuracy_map, drawings, pareto_figure, truth_figure
+from bmsn.cost import pareto_front
+from bmsn.figures_accuracy import accuracy_map, drawings, truth_figure
+from bmsn.reporting_cost import cost_blocks, latency_columns
+from bmsn.reporting_methods import method_blocks
 from bmsn.reporting_page import Block, Cell, Heading, Plot, Row, Table, Text, cell, percent
 from bmsn.reporting_run import ReportedRow, ReportedRun
-from bmsn.reporting_statistics import pareto_front
 
 WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not after retraining."
 
@@ -16,7 +18,7 @@ WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not
 def found_blocks(run: ReportedRun, name: str) -> list[Block]:
     """The blocks of a run, those without data left out; figures are called `name`-..."""
     blocks: list[Block] = []
-    for part in (_found, _against_truth, _ranking, _maps, _pareto, _drawings, _method, _retrained):
+    for part in (_found, _against_truth, _ranking, _maps, cost_blocks, _drawings, method_blocks, _retrained):
         blocks += part(run, name)
     return blocks
 
@@ -31,7 +33,10 @@ def _found(run: ReportedRun, name: str) -> list[Block]:
     ]
     if default is not None and default is not best:
         parts.append(f"The default {default.architecture}{_accuracy(default)} has rank {default.rank}.")
-    return [Text(" ".join([*parts, f"Ranked by {run.ranked_by}.", WITHIN_SUPERNET]))]
+    parts.append(f"Ranked by {run.ranked_by}.")
+    if any(row.accuracy is not None for row in run.rows):
+        parts.append(WITHIN_SUPERNET)
+    return [Text(" ".join(parts))]
 
 
 def _accuracy(row: ReportedRow) -> str:
@@ -78,15 +83,23 @@ def _tau(what: str, figures: dict[str, Any]) -> str:
 
 
 def _ranking(run: ReportedRun, name: str) -> list[Block]:
-    scored = [row for row in run.rows if row.accuracy is not None]
     if not run.rows:
         return []
-    places = pareto_front([row.macs for row in scored], [row.accuracy or 0.0 for row in scored])
-    front = {scored[place].architecture for place in places}
+    on_front = pareto_front([row.accuracy for row in run.whole], [row.macs for row in run.whole])
+    front = {row.architecture for row, is_on_it in zip(run.whole, on_front, strict=True) if is_on_it}
     total = run.result.get("scores", {}).get("total")
-    optional: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
-        ("± %", "standard_error" in run.rows[0].other, lambda row: percent(row.other["standard_error"])),
-        ("images", any(row.other.get("images_seen", total) != total for row in run.rows),
+    candidates: list[tuple[str, bool, Callable[[ReportedRow], Cell]]] = [
+        ("rank", True, lambda row: cell(row.rank)),
+        ("architecture", True, lambda row: cell(str(row.architecture))),
+        ("pooling before", True, lambda row: cell(_positions(row))),
+        ("accuracy %", any(row.accuracy is not None for row in run.rows), lambda row: percent(row.accuracy)),
+        ("supernet", any(row.supernet is not None for row in run.rows), lambda row: cell(row.supernet)),
+        ("MACs (M)", True, lambda row: cell(row.macs / 1e6, "{:.1f}")),
+        ("MACs", True, lambda row: cell(row.macs_ratio, "{:.2f}x")),
+        ("Pareto", bool(front), lambda row: cell("yes" if row.architecture in front else "")),
+        ("± %", any(row.other.get("standard_error") is not None for row in run.rows),
+         lambda row: percent(row.other["standard_error"])),
+        ("images", any(row.other.get("images_seen", total) not in (0, total) for row in run.rows),
          lambda row: cell(row.other["images_seen"])),
         (f"{run.estimate} %", any(row.other.get("ema_accuracy") is not None for row in run.rows),
          lambda row: percent(row.other["ema_accuracy"])),
@@ -94,21 +107,10 @@ def _ranking(run: ReportedRun, name: str) -> list[Block]:
          lambda row: cell(row.other["ema_rank"])),
         ("alone %", any(row.truth is not None for row in run.rows), lambda row: cell(row.truth, "{:.2f}")),
     ]  # fmt: skip
-    shown = [(column, make) for column, there, make in optional if there]
-    rows = [
-        Row(
-            [
-                cell(row.rank), cell(str(row.architecture)), cell(_positions(row)), percent(row.accuracy),
-                cell(row.supernet), cell(row.macs / 1e6, "{:.1f}"), cell(row.macs_ratio, "{:.2f}x"),
-                cell("yes" if row.architecture in front else ""), *(make(row) for _, make in shown),
-            ],
-            is_marked=row.architecture == run.space.default,
-        )
-        for row in run.rows
-    ]  # fmt: skip
-    columns = ("rank", "architecture", "pooling before", "accuracy %", "supernet", "MACs (M)", "MACs", "Pareto")
+    shown = [(column, make) for column, there, make in candidates if there] + latency_columns(run)
+    rows = [Row([make(row) for _, make in shown], is_marked=row.architecture == run.space.default) for row in run.rows]
     caption = f"By {run.ranked_by}. A click on a column sorts by it. The default architecture is marked."
-    return [Heading("Ranking"), Table((*columns, *(column for column, _ in shown)), rows, caption, sortable=True)]
+    return [Heading("Ranking"), Table([column for column, _ in shown], rows, caption, sortable=True)]
 
 
 def _maps(run: ReportedRun, name: str) -> list[Block]:
@@ -125,22 +127,9 @@ def _maps(run: ReportedRun, name: str) -> list[Block]:
         figure = accuracy_map(run.space, values, f"accuracy {label} (%)", marked) if values else None
         if figure is not None:
             caption = f"Accuracy {label}. Bold frame: the best; dashed: the default architecture."
+            caption += " Hatched: there is none." if len(values) < len(run.space) else ""
             blocks.append(Plot(f"{name}-{file}", f"Accuracy by pooling positions: {what}", caption, figure))
     return [Heading("Accuracy by pooling positions"), *blocks] if blocks else []
-
-
-def _pareto(run: ReportedRun, name: str) -> list[Block]:
-    scored = [(row, row.accuracy) for row in run.rows if row.accuracy is not None]
-    if not scored:
-        return []
-    default = next((i for i, (row, _) in enumerate(scored) if row.architecture == run.space.default), None)
-    figure = pareto_figure(
-        [str(row.architecture) for row, _ in scored], [row.macs_ratio for row, _ in scored],
-        [100 * accuracy for _, accuracy in scored], default=default,
-        labels=("MACs relative to the default", "accuracy in the supernet (%)"),
-    )  # fmt: skip
-    caption = "Nothing is at once cheaper and better than what is on the front."
-    return [Heading("Accuracy against cost"), Plot(f"{name}-pareto", "Pareto front", caption, figure)]
 
 
 def _drawings(run: ReportedRun, name: str) -> list[Block]:
@@ -152,31 +141,12 @@ def _drawings(run: ReportedRun, name: str) -> list[Block]:
         chosen[cheap.architecture] = f"rank {cheap.rank}, best\nat ≤ 1x MACs"
     if default is not None:
         chosen[default.architecture] = f"default, rank {default.rank}"
-    size = run.result.get("data", {}).get("image_size", run.space.image_size)
-    rows = [(f"{a}\n{what}", run.space.map_sizes(a, size)) for a, what in chosen.items()]
+    rows = [(f"{a}\n{what}", run.space.map_sizes(a, run.image_size)) for a, what in chosen.items()]
     if run.resolution_path is not None:
         full = rows[0][1][0]  # the first layer is never pooled
         rows.insert(0, ("path found", tuple(full // 2**resolution for resolution in run.resolution_path)))
     caption = "Height and width of each layer's output map, in pixels; lines: where it changes."
     return [Heading("Architectures"), Plot(f"{name}-drawings", "Architectures", caption, drawings(rows))]
-
-
-def _method(run: ReportedRun, name: str) -> list[Block]:
-    """What the method alone found: numbers and texts in one table, each table of its own (a list of rows, numbers by
-    name) by itself; what is neither is left out.
-    """
-    found = {k: v for k, v in run.result.get("method", {}).items() if k not in ("ranked_by", "estimate")}
-    plain = [Row([cell(key), cell(value)]) for key, value in found.items() if isinstance(value, str | int | float)]
-    tables = [Table(("found", "value"), plain)] if plain else []
-    for key, value in found.items():
-        if isinstance(value, dict) and value:
-            rows = [Row([cell(str(k)), cell(str(v))]) for k, v in value.items()]
-            tables.append(Table((key, "value"), rows, sortable=True))
-        elif isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            columns = list(value[0])
-            rows = [Row([cell(row.get(column)) for column in columns]) for row in value]
-            tables.append(Table(columns, rows, key))
-    return [Heading("What the method found"), *tables] if tables else []
 
 
 def _retrained(run: ReportedRun, name: str) -> list[Block]:

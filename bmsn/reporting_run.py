@@ -14,11 +14,13 @@ import numpy as np
 import yaml
 
 from bmsn.correlation import agreement, load_truth
+from bmsn.cost import within_macs
 from bmsn.errors import InputError
 from bmsn.result import SCHEMA_VERSION
 from bmsn.runfolder import read_metrics
 from bmsn.space import Architecture, SearchSpace
 
+MAX_NAMED = 40  # architectures that still have their name beside a row of a figure
 _CLASSES_ASSUMED = 10  # of the head's MACs, where no result says how many there are
 
 
@@ -53,6 +55,7 @@ class ReportedRun:
         ranked_by: what the ranking is by, in words; by_accuracy: whether that is `accuracy` of the rows.
         estimate: what `ema_accuracy` of the rows is, in words.
         resolution_path: resolution of each layer (0: full, 1: half, ...), of a method that is not bound to the space.
+        searched: the architectures that the method numbers in its records: all, or those within `max_macs`.
         records: of metrics.jsonl, by kind, in the order of their steps.
         result: the content of result.json, empty while it is not there.
         agreement: figures of the ranking ("ranking"), of accuracies where it is not by them ("accuracy"), of the
@@ -71,6 +74,7 @@ class ReportedRun:
     estimate: str
     resolution_path: tuple[int, ...] | None
     rows: tuple[ReportedRow, ...]
+    searched: tuple[Architecture, ...]
     records: dict[str, list[dict[str, Any]]]
     result: dict[str, Any]
     agreement: dict[str, dict[str, Any]]
@@ -86,6 +90,17 @@ class ReportedRun:
     def whole(self) -> tuple[ReportedRow, ...]:
         """The rows that were scored on all images: a race leaves some on fewer, not to be compared with these."""
         return _whole(self.rows)
+
+    @property
+    def image_size(self) -> int:
+        """Pixels on a side."""
+        return int(self.result.get("data", {}).get("image_size", self.space.image_size))
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """None where no step is recorded."""
+        step = next(iter(self.records.get("step", [])), None)
+        return step["step"] / step["epoch"] if step else None
 
     @property
     def default(self) -> ReportedRow | None:
@@ -120,7 +135,8 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         space = SearchSpace.named(config["space"], pool=config.get("pool"))
         num_classes = result["data"]["num_classes"] if result else _CLASSES_ASSUMED
         macs = [space.macs(a, num_classes=num_classes) for a in space]
-        ranked_by, ranked = _ranked(space, result, records)
+        searched = _searched(space, config, macs, result)
+        ranked_by, ranked = _ranked(space, searched, result, records)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -158,8 +174,9 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         ranked_by=ranked_by,
         by_accuracy=by_accuracy,
         estimate=str(method.get("estimate", "a[c,m]")),
-        resolution_path=_resolution_path(method.get("path"), space),
+        resolution_path=_resolution_path(method.get("resolution_path"), space),
         rows=tuple(rows),
+        searched=searched,
         records=records,
         result=result,
         agreement=_agreement(rows, truth, by_accuracy) if truth and rows else {},
@@ -202,9 +219,20 @@ def _read_retrained(path: Path) -> tuple[dict[str, str], ...]:
     return tuple(csv.DictReader(line for line in path.read_text().splitlines() if not line.startswith("#")))
 
 
+def _searched(
+    space: SearchSpace, config: dict[str, Any], macs: Sequence[int], result: dict[str, Any]
+) -> tuple[Architecture, ...]:
+    """In the order of the space."""
+    if result:
+        return tuple(sorted((space.find(row["architecture"]) for row in result["ranking"]), key=lambda a: a.index))
+    limit = config.get("max_macs")
+    return tuple(space if limit is None else within_macs(space, macs, limit))
+
+
 def _ranked(
-    space: SearchSpace, result: dict[str, Any], records: dict[str, list[dict[str, Any]]]
-) -> tuple[str, list[tuple[Architecture, dict[str, Any]]]]:
+    space: SearchSpace, searched: Sequence[Architecture], result: dict[str, Any],
+    records: dict[str, list[dict[str, Any]]],
+) -> tuple[str, list[tuple[Architecture, dict[str, Any]]]]:  # fmt: skip
     """What accuracies are, and the architectures from best to worst with their cells."""
     if result:
         cells = [dict(row) for row in result["ranking"]]
@@ -222,7 +250,7 @@ def _ranked(
         scores, best = np.array(last["scores"]), np.array(last["assignment"]).argmax(1)
         ema = scores[np.arange(len(best)), best]
         return f"a[c,m] after step {last['step']}", [
-            (space[i], {"accuracy": float(ema[i]), "supernet": int(best[i])})
+            (searched[i], {"accuracy": float(ema[i]), "supernet": int(best[i])})
             for i in np.argsort(-ema, kind="stable").tolist()
         ]
     return "nothing yet", []

@@ -1,4 +1,4 @@
-"""Figures of a mixture over training, from the `mixture` records of metrics.jsonl; and the Pareto front."""
+"""Figures of a mixture over training, from the `mixture` records of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -75,13 +75,3 @@ def kl_to_uniform(p: NDArray[np.float64]) -> float:
     """KL(p || uniform) of a distribution (M,), in nats; 0 log 0 = 0, and never below 0 by rounding."""
     positive = p[p > 0]
     return max(0.0, float((positive * np.log(positive * len(p))).sum()))
-
-
-def pareto_front(cost: Sequence[float], accuracy: Sequence[float]) -> list[int]:
-    """Indices that no other one beats in cost (smaller is better) without losing accuracy, cheapest first."""
-    order = sorted(range(len(cost)), key=lambda i: (cost[i], -accuracy[i]))
-    front: list[int] = []
-    for i in order:
-        if not front or accuracy[i] > accuracy[front[-1]]:
-            front.append(i)
-    return front

@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from bmsn.correlation import agreement
 from bmsn.figures import PALETTE
 from bmsn.figures_training import health_figure, ranking_history_figure, snapshots_figure, training_figure
 from bmsn.reporting_page import Block, Heading, Plot, Row, Table, cell
-from bmsn.reporting_run import ReportedRun
+from bmsn.reporting_run import MAX_NAMED, ReportedRun
 from bmsn.reporting_statistics import MixtureHistory, mixture_history
 
 _SNAPSHOTS_LISTED = 8
-_MAX_NAMED = 40  # architectures that still have their name beside a row
 
 
 def training_blocks(run: ReportedRun, name: str) -> list[Block]:
     """The blocks of a run, those without data left out; figures are called `name`-..."""
     blocks: list[Block] = []
-    for part in (_ranking_history, _training, _mixture, _shares):
+    for part in (_ranking_history, _training, _mixture):
         blocks += part(run, name)
     return blocks
 
@@ -75,9 +72,10 @@ def _mixture(run: ReportedRun, name: str) -> list[Block]:
             "p(m|c): which supernet an architecture is trained in. Rows are architectures in the order of their "
             "pooling positions."
         )
+        names = [str(a) for a in run.searched] if len(run.searched) <= MAX_NAMED else None
         figure = snapshots_figure(
             history.assignments, _titles(run, history.steps.tolist()),
-            row_names=[str(a) for a in run.space] if len(run.space) <= _MAX_NAMED else None, row_label="architecture",
+            row_names=names, row_label="architecture",
             column_names=[str(m) for m in range(num_supernets)] if num_supernets <= len(PALETTE) else None,
             column_label="supernet m", label="p(m|c)",
         )  # fmt: skip
@@ -91,34 +89,13 @@ def _mixture(run: ReportedRun, name: str) -> list[Block]:
         caption += (
             f" The whole table a[c,m] was refreshed every {run.config['refresh_every']} steps, which is no visit."
         )
-    figure = health_figure(history, _steps_per_epoch(run))
+    figure = health_figure(history, run.steps_per_epoch)
     blocks.append(Plot(f"{name}-mixture", "Health of the mixture", caption, figure))
     return [*blocks, _snapshots(history)]
 
 
-def _shares(run: ReportedRun, name: str) -> list[Block]:
-    """Shares of the resolutions of each layer, of methods that learn them."""
-    records = [record for record in run.records.get("alpha", []) if "shares" in record]
-    if not records:
-        return []
-    shares = np.array([record["shares"] for record in records], np.float64)
-    sizes = [run.space.map_sizes(run.space.default)[0] // 2**r for r in range(shares.shape[2])]
-    figure = snapshots_figure(
-        shares, _titles(run, [record["step"] for record in records]),
-        row_names=[str(layer) for layer in range(shares.shape[1])], row_label="layer",
-        column_names=[str(size) for size in sizes], column_label="height and width of the map", label="share",
-    )  # fmt: skip
-    caption = "Shares of the resolutions that each layer works at; the largest ones make the path."
-    return [Heading("Resolutions"), Plot(f"{name}-shares", "Shares of the resolutions", caption, figure)]
-
-
-def _steps_per_epoch(run: ReportedRun) -> float | None:
-    step = next(iter(run.records.get("step", [])), None)
-    return step["step"] / step["epoch"] if step else None
-
-
 def _titles(run: ReportedRun, steps: Sequence[int]) -> list[str]:
-    per_epoch = _steps_per_epoch(run)
+    per_epoch = run.steps_per_epoch
     return [f"step {step}" if per_epoch is None else f"epoch {step / per_epoch:.3g}" for step in steps]
 
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
+
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+def do_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures of pages are made but not drawn, which takes seconds."""
+    monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
+    monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
 
 
 class HtmlPage(HTMLParser):

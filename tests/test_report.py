@@ -21,13 +21,13 @@ from bmsn.reporting_reproduction import search_command
 from bmsn.run import run_search
 from bmsn.search import parse
 from bmsn.space import SearchSpace
-from html_pages import HtmlPage
+from html_pages import HtmlPage, do_not_draw
 from run_folders import write_run
 from searching import write_tiny_set
 
 SPACE = SearchSpace.named("resnet14-cifar10")
-ALWAYS = ["Ranking", "Accuracy by pooling positions", "Accuracy against cost", "Architectures", "Training",
-          "The mixture", "To reproduce"]  # fmt: skip
+ALWAYS = ["Ranking", "Accuracy by pooling positions", "Accuracy against cost", "Architectures",
+          "What the method found", "Training", "The mixture", "To reproduce"]  # fmt: skip
 
 
 def write_truth(path: Path, accuracies: list[float]) -> str:
@@ -40,8 +40,7 @@ def write_truth(path: Path, accuracies: list[float]) -> str:
 def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures are made but not drawn, which takes seconds, except in tests marked `drawn`."""
     if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
-        monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
+        do_not_draw(monkeypatch)
 
 
 def report(*runs: Path, **options: str) -> HtmlPage:
@@ -139,7 +138,7 @@ def test_everything_that_has_data_is_there_and_nothing_else(tmp_path: Path) -> N
         file.write(json.dumps(ranking) + "\n" + json.dumps({"kind": "unheard of", "step": 51}) + "\n")
     page = report(one)
     assert page.headings[2:] == ["Against the truth", *ALWAYS[:4], "Retrained alone", "Rankings during training",
-                                 *ALWAYS[4:]]  # fmt: skip
+                                 *ALWAYS[5:]]  # fmt: skip  # of one supernet there is nothing to compare
     assert "p(m|c): which supernet" not in page.text
     assert f"Without a row in the truth: {SPACE[14]}." in page.text
     assert page.table("stage_depths") == [{"stage_depths": "3-2-2", "accuracy_mean": "91.5"}]
@@ -148,7 +147,7 @@ def test_everything_that_has_data_is_there_and_nothing_else(tmp_path: Path) -> N
 def test_result_without_metrics(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", SPACE)
     (run / "metrics.jsonl").unlink()
-    assert report(run).headings[2:] == [*ALWAYS[:4], "To reproduce"]
+    assert report(run).headings[2:] == [*ALWAYS[:5], "To reproduce"]
 
 
 @pytest.mark.parametrize("ranked", [False, True], ids=["a[c,m]", "ranking"])
@@ -210,8 +209,9 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
     rng = np.random.default_rng(5)
     found, estimate, alone = (rng.permutation(15) / 20 for _ in range(3))
     counts = [{"layer": 1, "keep": 7, "pool": 9}, {"layer": 2, "keep": None, "pool": 4}]
-    method = {"ranked_by": "the shares", "estimate": "mean share", "path": "0-0-1-2-1-1-1", "visits": {"1-1-5": 12},
-              "tree": counts, "shares": [[0.5, 0.5]]}  # fmt: skip
+    method = {"ranked_by": "the shares", "estimate": "mean share", "resolution_path": "0-0-1-2-1-1-1",
+              "other": 3, "visits": {"1-1-5": 12},
+              "tree": counts, "shares": rng.dirichlet([1.0] * 3, size=7).tolist()}  # fmt: skip
     run = write_run(tmp_path / "run", SPACE, method=method, cost={"training_images": 4711})
     content = json.loads((run / "result.json").read_text())
     by_index = {row["index"] - 1: row for row in content["ranking"]}
@@ -226,12 +226,11 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
     page = report(run, truth=write_truth(tmp_path / "truth.csv", (100 * alone).tolist()))
     assert page.headings[2:] == [
         "Against the truth",
-        *ALWAYS[:4],
-        "What the method found",
-        "Resolutions",
+        *ALWAYS[:5],
         "To reproduce",
     ]
-    assert page.table("found") == [{"found": "path", "value": "0-0-1-2-1-1-1"}]
+    assert "Path of resolutions: 0-0-1-2-1-1-1; no architecture of the space." in page.text
+    assert page.table("found") == [{"found": "other", "value": "3"}]
     assert page.table("visits") == [{"visits": "1-1-5", "value": "12"}]
     assert page.table("layer")[1] == {"layer": "2", "keep": "-", "pool": "4"}
     rows = {row["ranking"]: row["tau-b"] for row in page.table("ranking")}
@@ -244,7 +243,8 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
         "by MACs alone": f"{stats.kendalltau([SPACE.macs(a) for a in SPACE], alone).statistic:.3f}",
     }
     ranking = page.table("rank")
-    assert ranking[-1]["mean share %"] == ranking[0]["supernet"] == "-"
+    assert ranking[-1]["mean share %"] == "-"
+    assert "supernet" not in ranking[0]
     assert "4711" in page.text
     assert "Ranked by the shares." in page.text
 
@@ -301,7 +301,7 @@ def test_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert len(page.ids) == len(set(page.ids))
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     figures = {file.name for file in (tmp_path / "out" / "report-figures").iterdir()}
-    names = ("truth", "map", "map-truth", "pareto", "drawings", "training", "assignment", "mixture")
+    names = ("truth", "map", "map-truth", "pareto", "drawings", "supernets", "training", "assignment", "mixture")
     assert figures == {f"run-{n}-{name}.{kind}" for n in (1, 2) for name in names for kind in ("png", "svg")}
     assert page.tags.count("figure") == len(figures) / 2
 
@@ -373,7 +373,7 @@ def test_report_of_a_real_search(tmp_path: Path) -> None:
     result = run_search(config)
     page = report(tmp_path / "run")
     headings = page.headings[2:]
-    assert headings == ["Against the truth", *ALWAYS[:4], "Rankings during training", *ALWAYS[4:]]
+    assert headings == ["Against the truth", *ALWAYS[:5], "Rankings during training", *ALWAYS[5:]]
     assert [row["architecture"] for row in page.table("rank")] == [str(row.architecture) for row in result.ranking]
     for row, key in zip(page.table("ranking"), ("ranking", "ema", "macs"), strict=True):
         expected = result.truth[key]["kendall_tau_b"]

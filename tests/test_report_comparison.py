@@ -13,7 +13,7 @@ from bmsn.figures import style
 from bmsn.figures_comparison import comparison_figure
 from bmsn.reporting import write_report
 from bmsn.space import SearchSpace
-from html_pages import HtmlPage
+from html_pages import HtmlPage, do_not_draw
 from run_folders import write_run
 
 NAMES = ("accuracy", "regret_top1", "regret_top3", "regret_top5", "macs_ratio", "gain_within_macs", "kendall_tau_b",
@@ -52,8 +52,7 @@ def write_comparison(folder: Path, content: dict[str, Any]) -> Path:
 
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
-    monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
+    do_not_draw(monkeypatch)
 
 
 def test_tables(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Figures of a mixture over training against loops written out; the Pareto front against the definition."""
+"""Figures of a mixture over training against loops written out."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import median
 import numpy as np
 import pytest
 
-from bmsn.reporting_statistics import kl_to_uniform, mixture_history, pareto_front
+from bmsn.reporting_statistics import kl_to_uniform, mixture_history
 from bmsn.space import SearchSpace
 from run_folders import make_records
 
@@ -59,19 +59,3 @@ def test_history_against_loops(num_supernets: int) -> None:
 def test_no_visit_between_two_snapshots_has_no_load() -> None:
     record = dict(step=4, assignment=[[0.5, 0.5]], visits=[[2, 2]], last_visit=[[0, 3]])
     assert np.isnan(mixture_history([record, record | {"step": 5}]).load[1]).all()
-
-
-def test_pareto_front_against_its_definition() -> None:
-    rng = np.random.default_rng(0)
-    cost, accuracy = rng.integers(0, 8, 60).tolist(), rng.integers(0, 8, 60).tolist()  # with many ties
-    front = pareto_front(cost, accuracy)
-
-    def beaten(i: int) -> bool:
-        return any(
-            cost[j] <= cost[i] and accuracy[j] >= accuracy[i] and (cost[j], accuracy[j]) != (cost[i], accuracy[i])
-            for j in range(60)
-        )
-
-    assert {(cost[i], accuracy[i]) for i in front} == {(cost[i], accuracy[i]) for i in range(60) if not beaten(i)}
-    assert front == sorted(front, key=lambda i: cost[i])
-    assert pareto_front([], []) == []
