@@ -116,7 +116,7 @@ def _supernet(source: Source, asked: int | None) -> int | None:
 
 
 def _last_weights(source: Source) -> Tensor:
-    """The weights at the end of the search, (rows, P) float32."""
+    """The weights that the search scored at its end, (rows, P) float32: the last ones or their mean."""
     folder = source.run / "checkpoints"
     saved = CheckpointStore(folder).load_latest() if folder.is_dir() else None
     if saved is None:
@@ -127,7 +127,9 @@ def _last_weights(source: Source) -> Tensor:
         raise InputError(
             f"{folder}: the last checkpoint that can be read is of step {step}; the search had {num_steps}"
         )
-    return saved[1]["loop"]["method"]["arena"]
+    state = saved[1]["loop"]["method"]
+    average = state.get("average")
+    return average["arena"] if average and average["count"] else state["arena"]
 
 
 def retrained(source: Source, name: str | None) -> Found:
