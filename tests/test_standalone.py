@@ -110,12 +110,17 @@ def test_it_learns_and_says_how_far_it_is(data):
 
 
 def test_milestones_multiply_the_learning_rate(data, monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    rates: list[float] = []
+    step = bmsn.standalone.arena_step
+
+    def watched(*arguments, lr, **options):
+        rates.append(lr.item())
+        return step(*arguments, lr=lr, **options)
+
+    monkeypatch.setattr(bmsn.standalone, "arena_step", watched)
     settings = TrainingSettings(epochs=1, batch_size=16, milestones=(0.5, 0.75), factor=0.2)
     train_alone(SPACE, SPACE[0], data, settings, seed=0, device=CPU)
-    np.testing.assert_allclose(rates, [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
+    np.testing.assert_allclose(rates, [0.1] * 4 + [0.02] * 2 + [0.004] * 2, rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_it(data):
