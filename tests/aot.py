@@ -294,7 +294,8 @@ def cases() -> list[Case]:
         found += [_augment_case(dtype, 32, 3, True, True), _augment_case(dtype, 32, 3, False, True)]
         for kind in ("normed", "plain", "none"):  # each leaves other code away
             found += [_norm_relu_case(dtype, 64, kind, pool, True) for pool in (None, "max")]
-            found += [_norm_relu_case(dtype, 64, kind, pool, True, affine=True) for pool in (None, "max", "avg")]
+        found += [_norm_relu_case(dtype, 64, "normed", pool, True, affine=True) for pool in (None, "max", "avg")]
+        found += [_norm_relu_case(dtype, 64, "none", None, True, affine=True)]
     found += [_mixture_case(36, 4, True), _mixture_case(1024, 16, True)]
     found += [_mixture_case(560, 8, False), _mixture_case(1, 1, False), _mixture_case(3, 64, False)]
     found += [_cross_entropy_case(128, 10, True), _cross_entropy_case(256, 100, True), _sgd_case(270896, True, True)]

@@ -42,7 +42,7 @@ def _window(program, tiles, images, height, width, C: tl.constexpr, W: tl.conste
 def _active(grad, y, index, centred, scale, shift, pixel: tl.constexpr, MAX: tl.constexpr):
     """e of one pixel of each window; ReLU's mask is that of y, of norm(x) where y is None, or, of a mean, in the index.
 
-    scale, shift: those of the affine step, or None, and then norm(x) has the sign of the centred x.
+    shift: None without an affine step, and then norm(x) has the sign of the centred x.
     """
     if index is not None and not MAX:  # (what follows an early return would be compiled as well)
         e = tl.where((index >> pixel) & 1 != 0, 0.25 * grad, 0.0)
@@ -50,7 +50,7 @@ def _active(grad, y, index, centred, scale, shift, pixel: tl.constexpr, MAX: tl.
         e = tl.where(y <= 0, 0.0, grad)
         if index is not None:
             e = tl.where(index == pixel, e, 0.0)
-    elif scale is not None:
+    elif shift is not None:
         e = tl.where(centred * scale[None, :] + shift[None, :] <= 0, 0.0, grad)
     else:
         e = tl.where(centred <= 0, 0.0, grad)
@@ -58,15 +58,12 @@ def _active(grad, y, index, centred, scale, shift, pixel: tl.constexpr, MAX: tl.
 
 
 @triton.jit
-def _affine_step(stats, other, affine_ptr, channel, known, C: tl.constexpr):
-    """scale and shift of norm(x); None of both without an affine step. stats: pointers to the channels' means."""
-    scale = None
-    shift = None
+def _scale(rstd_ptr, affine_ptr, channel, known):
+    """rstd, or rstd * weight with an affine step. rstd_ptr: pointers to those of the channels."""
+    scale = tl.load(rstd_ptr, mask=known, other=0.0)
     if affine_ptr is not None:
-        weight = tl.load(affine_ptr + channel, mask=known, other=0.0)
-        scale = tl.load(stats + other, mask=known, other=0.0) * weight
-        shift = tl.load(affine_ptr + C + channel, mask=known, other=0.0)
-    return scale, shift
+        scale *= tl.load(affine_ptr + channel, mask=known, other=0.0)
+    return scale
 
 
 @triton.jit(do_not_specialize=["num_groups", "images", "height", "width", "tiles"])
@@ -97,7 +94,10 @@ def _gradient_sums_kernel(
     stats = stats_ptr + group * C + channel
     other = num_groups.to(tl.int64) * C  # from means to rstds
     mean = tl.load(stats, mask=known, other=0.0)
-    scale, shift = _affine_step(stats, other, affine_ptr, channel, known, C)
+    scale = _scale(stats + other, affine_ptr, channel, known)
+    shift = None
+    if affine_ptr is not None:
+        shift = tl.load(affine_ptr + C + channel, mask=known, other=0.0)
     if shortcut_ptr is not None:
         shortcut_mean = tl.load(stats + 2 * other, mask=known, other=0.0)
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
@@ -171,9 +171,7 @@ def _lines_kernel(
 @triton.jit
 def _input_gradient(e, centred, stats, affine_ptr, lines, other, channel, known):
     """scale * (e - mean(e) - xhat * mean(e * xhat)); stats, lines: pointers to the channels' means, constants."""
-    scale = tl.load(stats + other, mask=known, other=0.0)
-    if affine_ptr is not None:
-        scale *= tl.load(affine_ptr + channel, mask=known, other=0.0)
+    scale = _scale(stats + other, affine_ptr, channel, known)
     constant = tl.load(lines, mask=known, other=0.0)
     linear = tl.load(lines + other, mask=known, other=0.0)
     return scale[None, :] * e - constant[None, :] - centred * linear[None, :]
@@ -210,7 +208,10 @@ def _input_gradients_kernel(
     lines = lines_ptr + group * C + channel
     other = num_groups.to(tl.int64) * C
     mean = tl.load(stats, mask=known, other=0.0)
-    scale, shift = _affine_step(stats, other, affine_ptr, channel, known, C)
+    scale = _scale(stats + other, affine_ptr, channel, known)
+    shift = None
+    if affine_ptr is not None:
+        shift = tl.load(affine_ptr + C + channel, mask=known, other=0.0)
     if shortcut_ptr is not None:
         shortcut_mean = tl.load(stats + 2 * other, mask=known, other=0.0)
     grad = tl.load(grad_ptr + place, mask=mask, other=0.0).to(tl.float32)
