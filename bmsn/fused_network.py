@@ -42,8 +42,9 @@ class FusedNetwork:
         self._convs = [module for module in found if isinstance(module, nn.Conv2d)]
         self._norms = [module for module in found if isinstance(module, nn.BatchNorm2d)]
         (self._head,) = (module for module in found if isinstance(module, nn.Linear))
-        with torch.device("meta"):  # it only says where what lies in a row
-            self._layout = SupernetMixture(space, 1, self._head.out_features, self._convs[0].in_channels)
+        # It only says where what lies in a row; a generator of its own, because torch's belongs to the caller.
+        own, channels = torch.Generator(), self._convs[0].in_channels
+        self._layout = SupernetMixture(space, 1, self._head.out_features, channels, generator=own)
         self.num_convs, self._num_head = self._layout.part_sizes
         # What one call of the op normalises: branches and channels. The last of a layer takes its shortcut's along.
         self._calls = [(1, space.stem_width)] if space.stem == "large" else []
