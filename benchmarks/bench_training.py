@@ -22,13 +22,15 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 
 from bmsn.data import BatchStream, normalisation, normalisation_table
+from bmsn.fused_network import FusedNetwork
 from bmsn.memory import keep_freed_memory
 from bmsn.mixture import BalancedMixture
-from bmsn.network import SupernetMixture
+from bmsn.network import SupernetMixture, build_path_network
 from bmsn.ops.cross_entropy import cross_entropy
 from bmsn.ops.sgd import sgd
+from bmsn.paths import architecture_path
 from bmsn.space import Architecture, SearchSpace
-from bmsn.trainer import batch_accuracy, compute_dtype, train_step, working_copies
+from bmsn.trainer import arena_step, batch_accuracy, compute_dtype, train_step, working_copies
 
 SETTINGS = dict(lr=0.1, momentum=0.9, weight_decay=1e-3)
 ARCHITECTURES = ("4,3,3", "1,1,8", "8,1,1")  # the default one; the earliest poolings; the latest
@@ -120,6 +122,49 @@ def test_training_step(
     for name, found in losses.items():
         assert found == pytest.approx(losses["the authors' way"], rel=0.05), name
     benchmark.group = f"training step, ResNet-20 {architecture}, batch {batch}, {device.type}"
+    report(benchmark, interleaved(calls, rounds=5), "ours")
+    benchmark.pedantic(ours, rounds=3)
+
+
+@pytest.mark.parametrize(("name", "architecture"), [("resnet14-cifar10", "3,2,2"), ("resnet20-cifar10", "4,3,3")])
+def test_step_of_a_network_alone(
+    benchmark: BenchmarkFixture, name: str, architecture: str, device: torch.device
+) -> None:
+    """What retraining and ground truth do at each step, against the plain network under autocast and torch's SGD."""
+    keep_freed_memory()
+    space, batch, dtype = SearchSpace.named(name), 128, compute_dtype(device)
+    path = architecture_path(space, space.find(architecture))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        network = build_path_network(space, path).to(device, memory_format=torch.channels_last)
+    images, labels = make_batch(batch, device)
+    images = images.to(dtype).contiguous(memory_format=torch.channels_last)
+    fused = FusedNetwork(space, path, network)
+    velocity, copies = torch.zeros_like(fused.arena), fused.arena.to(dtype) if dtype == torch.bfloat16 else None
+    row, lr = torch.tensor(0, device=device), torch.tensor(SETTINGS["lr"], device=device)
+    optimiser = torch.optim.SGD(network.parameters(), **SETTINGS)
+
+    def ours() -> float:
+        forward = partial(fused.forward, images=images)
+        loss, _ = arena_step(
+            fused.arena, velocity, copies, row, fused.num_convs, forward, dtype, labels,
+            lr=lr, momentum=SETTINGS["momentum"], weight_decay=SETTINGS["weight_decay"],
+        )  # fmt: skip
+        return loss.item()
+
+    def eager() -> float:
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        return loss.item()
+
+    calls = {"ours": ours, "eager, autocast, channels_last": eager}
+    ours_first, eagers = ([call() for _ in range(3)] for call in calls.values())
+    assert ours_first == pytest.approx(eagers, rel=0.05)
+    benchmark.group = f"step of a network alone, {name} {architecture}, batch {batch}, {device.type}"
     report(benchmark, interleaved(calls, rounds=5), "ours")
     benchmark.pedantic(ours, rounds=3)
 

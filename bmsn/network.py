@@ -7,6 +7,7 @@ without an affine step, in training and in scoring; a standalone network has aff
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from bmsn.errors import InputError
 from bmsn.ops.conv2d import conv2d
-from bmsn.ops.norm_relu import norm_add_relu, norm_relu
+from bmsn.ops.norm_relu import Pool, norm_add_relu, norm_relu
 from bmsn.paths import ResolutionPath, architecture_path, check_path
 from bmsn.space import Architecture, Convolution, Layer, SearchSpace
 
@@ -167,13 +168,11 @@ class SupernetMixture(nn.Module):
     def forward_weights(self, weights: Weights, images: Tensor, architecture: Architecture) -> Tensor:
         """`forward_row` with views that are there already."""
         x = run_stem(images, weights)
-        pool, positions = self.space.pool, architecture.pool_positions
+        strides, positions = self.space.pool == "stride", architecture.pool_positions
         for index, (layer, w) in enumerate(zip(self.space.layers, weights.layers, strict=True)):
             # A pooling before the next layer ends this one: one sweep instead of three.
-            max_pool = pool == "max" and index + 1 in positions
-            x = run_layer(x, layer, w, stride=1 + (pool == "stride" and index in positions), max_pool=max_pool)
-            if pool == "avg" and index + 1 in positions:
-                x = F.avg_pool2d(x, 2)
+            pool = self.space.pool if self.space.pool != "stride" and index + 1 in positions else None
+            x = run_layer(x, layer, w, stride=1 + (strides and index in positions), pool=pool)
         return run_head(x, weights)
 
 
@@ -197,30 +196,54 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
         )
 
 
-def run_stem(images: Tensor, weights: Weights) -> Tensor:
-    """What comes before layer 0 of a supernet: nothing, or a large stem."""
+class Norm(Protocol):
+    """What comes behind the convolutions of a layer, one after the other: BatchNorm, shortcut, ReLU, pooling."""
+
+    def __call__(
+        self, x: Tensor, shortcut: Tensor | None = None, *, normalise_shortcut: bool = False, pool: Pool | None = None
+    ) -> Tensor:
+        """As `bmsn.ops.norm_relu.norm_add_relu`; without a shortcut as `norm_relu`."""
+
+
+def supernet_norm(
+    x: Tensor, shortcut: Tensor | None = None, *, normalise_shortcut: bool = False, pool: Pool | None = None
+) -> Tensor:
+    """That of a supernet, without an affine step, on one statistics group."""
+    if shortcut is None:
+        return norm_relu(x, pool=pool)
+    return norm_add_relu(x, shortcut, normalise_shortcut=normalise_shortcut, pool=pool)
+
+
+def run_stem(images: Tensor, weights: Weights, norm: Norm = supernet_norm) -> Tensor:
+    """What comes before layer 0: nothing, or a large stem."""
     if weights.stem is None:
         return images
-    return F.max_pool2d(norm_relu(conv2d(images, weights.stem, stride=2)), 3, 2, 1)
+    return F.max_pool2d(norm(conv2d(images, weights.stem, stride=2)), 3, 2, 1)
 
 
 def run_layer(
-    x: Tensor, layer: Layer, weights: dict[str, Tensor], *, stride: int = 1, max_pool: bool = False
+    x: Tensor,
+    layer: Layer,
+    weights: dict[str, Tensor],
+    *,
+    stride: int = 1,
+    pool: Pool | None = None,
+    norm: Norm = supernet_norm,
 ) -> Tensor:
-    """One layer of a supernet on one statistics group, with the max-pooling behind it if the next layer has one."""
+    """One layer with the convolutions `weights[name]`, and the pooling behind it if the next layer has one."""
     y = x
     for conv in layer.main:
         if conv is not layer.main[0]:
-            y = norm_relu(y)
+            y = norm(y)
         y = conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1)
     if layer.kind == "stem":
-        return norm_relu(y, max_pool=max_pool)
+        return norm(y, pool=pool)
     projects = layer.shortcut is not None
     if projects:
         x = conv2d(x, weights["shortcut"], stride=stride)
     elif stride == 2:
         x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-    return norm_add_relu(y, x, normalise_shortcut=projects, max_pool=max_pool)
+    return norm(y, x, normalise_shortcut=projects, pool=pool)
 
 
 def run_head(x: Tensor, weights: Weights) -> Tensor:

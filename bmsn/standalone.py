@@ -10,20 +10,22 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmsn.config import Procedure
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, normalise
+from bmsn.engine_mixture import image_device
 from bmsn.errors import InputError, RunStopped
+from bmsn.fused_network import FusedNetwork
 from bmsn.network import build_path_network
 from bmsn.paths import Candidate, as_path, check_path
 from bmsn.rng import torch_seed
 from bmsn.space import SearchSpace
-from bmsn.trainer import compute_dtype, learning_rate
+from bmsn.trainer import arena_step, compute_dtype, learning_rate
 
 CHECK_EVERY = 25  # steps from one look at the loss to the next: on a GPU each look waits for all work before it
 _TEST_BATCH = 500  # images: bounds memory, changes no accuracy
@@ -115,9 +117,10 @@ def train_alone(
 ) -> TrainedNetwork:
     """Trains a network of `build_network` or `build_path_network` and tests it once, at the end.
 
-    In bfloat16 autocast where the device computes it fast, float32 elsewhere; weights, running statistics and SGD are
-    float32. Weights and batches are a function of the seed and the architecture; networks of one seed see the same
-    batches. On the CPU the result is bit-exact for the same threads, instruction set and torch version.
+    In bfloat16 where the device computes it fast, float32 elsewhere; weights, running statistics and SGD are float32.
+    The network is trained in its fused form, `bmsn.fused_network`; what comes back is plain. Weights and batches are a
+    function of the seed and the architecture; networks of one seed see the same batches. On the CPU the result is
+    bit-exact for the same threads, instruction set and torch version.
 
     Args:
         space: the architecture's; images are a multiple of its total stride.
@@ -130,7 +133,7 @@ def train_alone(
         progress: called every 25 steps and after the last one with the share of the training that is done.
     Raises:
         InputError: settings, space and data that do not fit, or no test images.
-        RunStopped: the loss is not finite.
+        RunStopped: a loss or a gradient is not finite.
     """
     check_path(space, as_path(space, architecture))
     check_data(space, data)
@@ -141,35 +144,37 @@ def train_alone(
     stream = BatchStream(
         data.train_images, data.train_labels, chosen, table,
         batch_size=settings.batch_size, dtype=dtype, seed=seed, purpose="standalone", augment=True,
+        device=image_device(data.train_images.nbytes, device),
     )  # fmt: skip
     network = initial_network(space, architecture, data, seed).to(device)
-    optimiser = torch.optim.SGD(
-        network.parameters(), lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
-    )
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
-    num_steps, procedure, loss = settings.epochs * stream.steps_per_epoch, settings.procedure, math.nan
+    fused = FusedNetwork(space, as_path(space, architecture), network)
+    velocity, copies = torch.zeros_like(fused.arena), fused.arena.to(dtype) if dtype == torch.bfloat16 else None
+    num_steps, procedure = settings.epochs * stream.steps_per_epoch, settings.procedure
+    rates = [learning_rate(step / num_steps, settings.lr, settings.min_lr, procedure) for step in range(num_steps)]
+    lrs, row = torch.tensor(rates, device=device), torch.zeros((), dtype=torch.int64, device=device)
+    sum_of_losses = loss = torch.zeros((), device=device)
     for step in range(num_steps):
-        optimiser.param_groups[0]["lr"] = learning_rate(step / num_steps, settings.lr, settings.min_lr, procedure)
         images, labels = (t.to(device) for t in stream.batch(step))
-        with autocast:
-            logits = network(images)
-        batch_loss = F.cross_entropy(logits.float(), labels)
-        optimiser.zero_grad()
-        batch_loss.backward()
-        optimiser.step()
+        loss, _ = arena_step(
+            fused.arena, velocity, copies, row, fused.num_convs, partial(fused.forward, images=images), dtype, labels,
+            lr=lrs[step], momentum=settings.momentum, weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        sum_of_losses = sum_of_losses + loss
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == num_steps:
-            loss = batch_loss.item()
-            if not math.isfinite(loss):  # no step brings it back: the weights are NaN from then on
+            if not math.isfinite(sum_of_losses.item()):  # one of them was not: that step is lost, others would follow
                 raise RunStopped(
                     f"architecture {architecture}, seed {seed}: the loss is not finite at step {step + 1} of "
                     f"{num_steps}; a lower lr may help (now {settings.lr})"
                 )
             progress((step + 1) / num_steps)
+    fused.write_back(num_steps)
     network.eval()
-    with autocast:
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         correct = count_correct(network, data.test_images, data.test_labels, table, dtype, device)
     seconds = time.perf_counter() - started
-    return TrainedNetwork(network=network, correct=correct, total=len(data.test_labels), loss=loss, seconds=seconds)
+    return TrainedNetwork(
+        network=network, correct=correct, total=len(data.test_labels), loss=loss.item(), seconds=seconds
+    )
 
 
 def check_data(space: SearchSpace, data: ImageDataset) -> None:

@@ -69,22 +69,56 @@ def device_step(
         labels: (N,) int64.
         lr: (), dtype of the arena.
     Returns:
+        As `arena_step`.
+    """
+
+    def forward(convs: Tensor, head: Tensor) -> Tensor:
+        return mixture.forward_weights(mixture.views(convs, head), images, architecture)
+
+    return arena_step(
+        mixture.arena.detach(), velocity, copies, row, mixture.part_sizes[0], forward, images.dtype, labels,
+        lr=lr, momentum=momentum, weight_decay=weight_decay,
+    )  # fmt: skip
+
+
+def arena_step(
+    arena: Tensor,
+    velocity: Tensor,
+    copies: Tensor | None,
+    row: Tensor,
+    num_convs: int,
+    forward: Callable[[Tensor, Tensor], Tensor],
+    dtype: torch.dtype,
+    labels: Tensor,
+    *,
+    lr: Tensor,
+    momentum: float,
+    weight_decay: float,
+) -> tuple[Tensor, Tensor]:
+    """`device_step` of whatever has its weights in the rows of an arena.
+
+    Args:
+        arena: (M, P), changed in place, unless the loss or a gradient is not finite.
+        velocity, copies, row, labels, lr: as in `device_step`.
+        num_convs: how many of a row's weights, from the first, are convolutions.
+        forward: logits (N, num_classes) from the convolutions, in `dtype`, and the other weights, in the wider of
+            `dtype` and float32: the two parts of the row.
+        dtype: of the computation.
+    Returns:
         loss: () mean cross-entropy, NaN where it or a gradient is not finite: then nothing has changed.
         correct: () int64, how many of the images were classified correctly.
     """
-    arena, index = mixture.arena.detach(), row.view(1)
-    chosen = arena.index_select(0, index)[0]
-    convs, head = chosen.split(mixture.part_sizes)
+    index = row.view(1)
+    convs, others = arena.index_select(0, index)[0].tensor_split([num_convs])
     if copies is not None:
-        convs = copies[:, : mixture.part_sizes[0]].index_select(0, index)[0]
+        convs = copies[:, :num_convs].index_select(0, index)[0]
     else:
-        convs = convs.to(images.dtype)
-    head = head.to(torch.promote_types(images.dtype, torch.float32))
+        convs = convs.to(dtype)
+    others = others.to(torch.promote_types(dtype, torch.float32))
     with torch.enable_grad():
-        convs, head = convs.requires_grad_(), head.requires_grad_()
-        logits = mixture.forward_weights(mixture.views(convs, head), images, architecture)
-        loss, correct = cross_entropy(logits, labels)
-        gradients = torch.autograd.grad(loss, (convs, head))
+        convs, others = convs.requires_grad_(), others.requires_grad_()
+        loss, correct = cross_entropy(forward(convs, others), labels)
+        gradients = torch.autograd.grad(loss, (convs, others))
     gradient = torch.cat([part.to(arena.dtype) for part in gradients])
     loss = loss.detach().to(arena.dtype) + 0 * gradient.sum()  # NaN with a gradient that is not finite
     sgd(

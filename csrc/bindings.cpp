@@ -99,13 +99,14 @@ void bind_augment(py::module_& m) {
 void bind_norm_relu(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // groups, rows, channels
     const auto forward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t x, std::uintptr_t shortcut,
-                            std::uintptr_t y, std::uintptr_t stats, std::uintptr_t index, std::int64_t width, double eps,
-                            int threads) {
+                            std::uintptr_t y, std::uintptr_t stats, std::uintptr_t affine, std::uintptr_t index,
+                            bmsn::Pool pool, std::int64_t width, double eps, int threads) {
         const auto [groups, rows, channels] = shape;
         const auto run = [&]<typename T>(T) {
             const bmsn::NormForward<T> call{reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(shortcut),
                                             reinterpret_cast<T*>(y),       reinterpret_cast<float*>(stats),
-                                            reinterpret_cast<std::uint8_t*>(index), width};
+                                            reinterpret_cast<const float*>(affine), reinterpret_cast<std::uint8_t*>(index),
+                                            pool, width};
             bmsn::norm_relu({groups, rows, channels}, kind, call, eps, threads);
         };
         bfloat16 ? run(std::uint16_t{}) : run(float{});
@@ -125,6 +126,7 @@ void bind_norm_relu(py::module_& m) {
         const auto run = [&]<typename T>(T) {
             const bmsn::NormApply<T> call{reinterpret_cast<const T*>(x),         reinterpret_cast<const T*>(shortcut),
                                           reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(shortcut_stats),
+                                          nullptr,                               nullptr,
                                           reinterpret_cast<T*>(full),            reinterpret_cast<T*>(pooled),
                                           nullptr,                               pool,
                                           width};
@@ -133,15 +135,17 @@ void bind_norm_relu(py::module_& m) {
         bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
     const auto backward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t grad, std::uintptr_t y,
-                             std::uintptr_t x, std::uintptr_t shortcut, std::uintptr_t stats, std::uintptr_t dx,
-                             std::uintptr_t dshortcut, std::uintptr_t index, std::int64_t width, int threads) {
+                             std::uintptr_t x, std::uintptr_t shortcut, std::uintptr_t stats, std::uintptr_t affine,
+                             std::uintptr_t dx, std::uintptr_t dshortcut, std::uintptr_t daffine, std::uintptr_t index,
+                             bmsn::Pool pool, std::int64_t width, int threads) {
         const auto [groups, rows, channels] = shape;
         const auto run = [&]<typename T>(T) {
             const bmsn::NormBackward<T> call{reinterpret_cast<const T*>(grad), reinterpret_cast<const T*>(y),
                                              reinterpret_cast<const T*>(x),    reinterpret_cast<const T*>(shortcut),
-                                             reinterpret_cast<const float*>(stats), reinterpret_cast<T*>(dx),
-                                             reinterpret_cast<T*>(dshortcut), reinterpret_cast<const std::uint8_t*>(index),
-                                             width};
+                                             reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(affine),
+                                             reinterpret_cast<T*>(dx),         reinterpret_cast<T*>(dshortcut),
+                                             reinterpret_cast<float*>(daffine),
+                                             reinterpret_cast<const std::uint8_t*>(index), pool, width};
             bmsn::norm_relu_backward({groups, rows, channels}, kind, call, threads);
         };
         bfloat16 ? run(std::uint16_t{}) : run(float{});

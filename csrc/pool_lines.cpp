@@ -35,7 +35,7 @@ BMSN_INLINE void pool_max(std::int64_t width, std::int64_t channels, const Bits*
 }
 
 template <typename Bits>
-BMSN_INLINE void unpool(std::int64_t width, std::int64_t channels, const Bits* grad, const Bits* pooled, const std::uint8_t* index,
+BMSN_INLINE void unpool_max(std::int64_t width, std::int64_t channels, const Bits* grad, const Bits* pooled, const std::uint8_t* index,
                         Bits* lines) {
     Bits* const below = lines + width * channels;
     for (std::int64_t x = 0; x < width / 2; ++x)
@@ -60,13 +60,51 @@ BMSN_INLINE void pool_mean(std::int64_t width, std::int64_t channels, const T* l
         }
 }
 
+template <typename Bits>
+BMSN_INLINE void positives(std::int64_t width, std::int64_t channels, const Bits* lines, std::uint8_t* index) {
+    const Bits* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t left = 2 * x * channels + c, right = left + channels;
+            index[x * channels + c] = static_cast<std::uint8_t>((lines[left] != 0) | (lines[right] != 0) << 1 |
+                                                                (below[left] != 0) << 2 | (below[right] != 0) << 3);
+        }
+}
+
+template <typename T>
+BMSN_INLINE void unpool_mean(std::int64_t width, std::int64_t channels, const T* grad, const std::uint8_t* index, T* lines) {
+    T* const below = lines + width * channels;
+    for (std::int64_t x = 0; x < width / 2; ++x)
+        for (std::int64_t c = 0; c < channels; ++c) {
+            const std::int64_t at = x * channels + c, left = 2 * x * channels + c, right = left + channels;
+            T quarter;
+            narrow(quarter, 0.25f * widened(grad[at]));
+            lines[left] = index[at] & 1 ? quarter : T{};
+            lines[right] = index[at] & 2 ? quarter : T{};
+            below[left] = index[at] & 4 ? quarter : T{};
+            below[right] = index[at] & 8 ? quarter : T{};
+        }
+}
+
 template <typename Bits, typename T>
 BMSN_INLINE void pool(Pool pool, std::int64_t width, std::int64_t channels, const T* lines, T* out, std::uint8_t* index) {
     static_assert(sizeof(T) == sizeof(Bits));
     const auto* const from = reinterpret_cast<const Bits*>(lines);
-    if (pool == Pool::mean) return pool_mean(width, channels, lines, out);
+    if (pool == Pool::mean) {
+        pool_mean(width, channels, lines, out);
+        if (index) positives(width, channels, from, index);
+        return;
+    }
     index ? pool_max(width, channels, from, reinterpret_cast<Bits*>(out), index)
           : pool_max(width, channels, from, reinterpret_cast<Bits*>(out));
+}
+
+template <typename Bits, typename T>
+BMSN_INLINE void unpool(Pool pool, std::int64_t width, std::int64_t channels, const T* grad, const T* pooled,
+                        const std::uint8_t* index, T* lines) {
+    if (pool == Pool::mean) return unpool_mean(width, channels, grad, index, lines);
+    unpool_max(width, channels, reinterpret_cast<const Bits*>(grad), reinterpret_cast<const Bits*>(pooled), index,
+               reinterpret_cast<Bits*>(lines));
 }
 
 }  // namespace
@@ -79,14 +117,13 @@ BMSN_CLONES void pool_lines(Pool kind, std::int64_t width, std::int64_t channels
                             std::uint8_t* index) {
     pool<std::uint16_t>(kind, width, channels, lines, out, index);
 }
-BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const float* grad, const float* pooled,
+BMSN_CLONES void unpool_lines(Pool kind, std::int64_t width, std::int64_t channels, const float* grad, const float* pooled,
                               const std::uint8_t* index, float* lines) {
-    unpool(width, channels, reinterpret_cast<const Bits32*>(grad), reinterpret_cast<const Bits32*>(pooled), index,
-           reinterpret_cast<Bits32*>(lines));
+    unpool<Bits32>(kind, width, channels, grad, pooled, index, lines);
 }
-BMSN_CLONES void unpool_lines(std::int64_t width, std::int64_t channels, const std::uint16_t* grad, const std::uint16_t* pooled,
-                              const std::uint8_t* index, std::uint16_t* lines) {
-    unpool(width, channels, grad, pooled, index, lines);
+BMSN_CLONES void unpool_lines(Pool kind, std::int64_t width, std::int64_t channels, const std::uint16_t* grad,
+                              const std::uint16_t* pooled, const std::uint8_t* index, std::uint16_t* lines) {
+    unpool<std::uint16_t>(kind, width, channels, grad, pooled, index, lines);
 }
 
 }  // namespace bmsn

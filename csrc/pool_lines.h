@@ -9,15 +9,17 @@ namespace bmsn {
 
 enum class Pool : int { max, mean };
 
-// index: which of each four the maximum is, the first of equal ones; null: not wanted. Read with Pool::max alone.
+// index: what the backward pass needs: which of each four the maximum is, the first of equal ones; of a mean, bit k says
+// whether value k of the four is positive (or NaN). Null: not wanted.
 void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const float* lines, float* out, std::uint8_t* index);
 void pool_lines(Pool kind, std::int64_t width, std::int64_t channels, const std::uint16_t* lines, std::uint16_t* out,
                 std::uint8_t* index);
 
-// One of the four gets the gradient of the window, if the maximum was positive (or NaN); the others get 0.
-void unpool_lines(std::int64_t width, std::int64_t channels, const float* grad, const float* pooled, const std::uint8_t* index,
+// One of the four gets the gradient of the window, if the maximum was positive (or NaN), the others get 0; of a mean those
+// that were positive get a quarter each, and pooled is not read.
+void unpool_lines(Pool kind, std::int64_t width, std::int64_t channels, const float* grad, const float* pooled, const std::uint8_t* index,
                   float* lines);
-void unpool_lines(std::int64_t width, std::int64_t channels, const std::uint16_t* grad, const std::uint16_t* pooled,
+void unpool_lines(Pool kind, std::int64_t width, std::int64_t channels, const std::uint16_t* grad, const std::uint16_t* pooled,
                   const std::uint8_t* index, std::uint16_t* lines);
 
 }  // namespace bmsn

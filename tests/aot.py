@@ -208,22 +208,27 @@ def _head_case(dtype: torch.dtype, channels: int, classes: int, ordinary: bool) 
     return Case(f"head {channels}->{classes}", dtype, ordinary, launch)
 
 
-def _norm_relu_case(dtype: torch.dtype, channels: int, shortcut: str, pool: bool, ordinary: bool) -> Case:
-    """Forward and backward."""
-    x, stats = _map(channels, 32, dtype), _meta(1 + (shortcut == "normed"), 2, 2, channels)
+def _norm_relu_case(
+    dtype: torch.dtype, channels: int, shortcut: str, pool: str | None, ordinary: bool, affine: bool = False
+) -> Case:
+    """Forward and backward; an affine step has one group."""
+    branches = 1 + (shortcut == "normed")
+    x, stats = _map(channels, 32, dtype), _meta(branches, 2, 1 if affine else 2, channels)
+    steps = _meta(branches, 2, channels) if affine else None
     y = _map(channels, 16, dtype) if pool else x
     index = _map(channels, 16, torch.uint8) if pool else None
     module = kernels("norm_relu")
 
     def launch() -> None:
-        module.launch_norm_relu(x, None if shortcut == "none" else x, y, stats, index)
+        module.launch_norm_relu(x, None if shortcut == "none" else x, steps, y, stats, index, pool)
+        masks = y if pool == "max" or (pool is None and shortcut != "none") else None
         module.launch_norm_relu_backward(
-            *(y, y if pool or shortcut != "none" else None, x, x if shortcut == "normed" else None, stats, index),
-            *(x, None if shortcut == "none" else x),
+            *(y, masks, x, x if shortcut == "normed" else None, steps, stats, index, pool),
+            *(x, None if shortcut == "none" else x, steps),
         )
 
     launch.__module__ = module.__name__
-    return Case(f"norm_relu {channels} pool={pool} shortcut={shortcut}", dtype, ordinary, launch)
+    return Case(f"norm_relu {channels} pool={pool} shortcut={shortcut}{' affine' * affine}", dtype, ordinary, launch)
 
 
 def _cross_entropy_case(images: int, classes: int, ordinary: bool) -> Case:
@@ -288,7 +293,9 @@ def cases() -> list[Case]:
         found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
         found += [_augment_case(dtype, 32, 3, True, True), _augment_case(dtype, 32, 3, False, True)]
         for kind in ("normed", "plain", "none"):  # each leaves other code away
-            found += [_norm_relu_case(dtype, 64, kind, pool, True) for pool in (False, True)]
+            found += [_norm_relu_case(dtype, 64, kind, pool, True) for pool in (None, "max")]
+        found += [_norm_relu_case(dtype, 64, "normed", pool, True, affine=True) for pool in (None, "max", "avg")]
+        found += [_norm_relu_case(dtype, 64, "none", None, True, affine=True)]
     found += [_mixture_case(36, 4, True), _mixture_case(1024, 16, True)]
     found += [_mixture_case(560, 8, False), _mixture_case(1, 1, False), _mixture_case(3, 64, False)]
     found += [_cross_entropy_case(128, 10, True), _cross_entropy_case(256, 100, True), _sgd_case(270896, True, True)]
@@ -307,8 +314,10 @@ def cases() -> list[Case]:
                 found += [_pool_case(dtype, channels, pool, kind, False) for kind in ("none", "plain", "normed")]
         found += [_head_case(dtype, channels, 10, False) for channels in (16, 512)]
         for channels in (16, 32, 256):
-            for pool in (False, True):
-                found += [_norm_relu_case(dtype, channels, kind, pool, False) for kind in ("none", "plain", "normed")]
+            for pool in (None, "max", "avg"):
+                for affine in (False, True):
+                    kinds = ("none", "plain", "normed")
+                    found += [_norm_relu_case(dtype, channels, kind, pool, False, affine) for kind in kinds]
     found += [_cross_entropy_case(1024, 1000, False), _sgd_case(270895, True, False), _sgd_case(64, False, False)]
     unique: dict[str, Case] = {}
     for case in found:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from bmsn.backend import extension
 from bmsn.errors import InputError
-from bmsn.ops.norm_relu import EPS, norm_add_relu, norm_relu
+from bmsn.ops.norm_relu import EPS, Pool, norm_add_relu, norm_relu
 from oracles import assert_no_worse
 
 # (groups, images of a group, C, H, W): smallest; odd sizes, ragged to the last value; more channels than a block;
 # a chunk and a bit; a ResNet-20 layer
 SHAPES = [(1, 2, 1, 1, 2), (3, 2, 5, 7, 3), (2, 2, 100, 9, 9), (2, 3, 32, 15, 15), (1, 128, 16, 32, 32)]
 KINDS = ["none", "plain", "normalised"]
+POOLS: dict[Pool, Callable[[Tensor, int], Tensor]] = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 DTYPES = [torch.float32, torch.bfloat16]
 needs_cpp = pytest.mark.skipif(extension() is None, reason="bmsn._C was not built")
 BACKENDS = [pytest.param("cpp", marks=needs_cpp), "reference"]
@@ -37,12 +38,13 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Ten
     return x, shortcut, grad
 
 
-def op(kind: str, backend: str, max_pool: bool = False) -> Run:
+def op(kind: str, backend: str, pool: Pool | None = None) -> Run:
     def run(x: Tensor, shortcut: Tensor, num_groups: int) -> Tensor:
-        options = {"max_pool": max_pool, "backend": backend}
         if kind == "none":
-            return norm_relu(x, num_groups, **options)
-        return norm_add_relu(x, shortcut, num_groups, normalise_shortcut=kind == "normalised", **options)
+            return norm_relu(x, num_groups, pool=pool, backend=backend)
+        return norm_add_relu(
+            x, shortcut, num_groups, normalise_shortcut=kind == "normalised", pool=pool, backend=backend
+        )
 
     return run
 
@@ -92,17 +94,18 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], kind: str, dtype: 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pool", POOLS)
 @pytest.mark.parametrize("shape", [(1, 1, 1, 2, 2), (3, 2, 5, 6, 4), (2, 8, 16, 32, 32), (1, 2, 64, 6, 300)], ids=str)
-def test_max_pooling_is_torchs_behind_the_rest(
-    shape: tuple[int, ...], kind: str, dtype: torch.dtype, backend: str
+def test_pooling_is_torchs_behind_the_rest(
+    shape: tuple[int, ...], pool: Pool, kind: str, dtype: torch.dtype, backend: str
 ) -> None:
     x, shortcut, grad = make_inputs(shape, dtype)
     x[:, :, :, 1::2] = x[:, :, :, 0::2]  # two of each four are equal: the first gets the gradient
     shortcut[:, :, :, 1::2] = shortcut[:, :, :, 0::2]
     grad = channels_last(grad[:, :, ::2, ::2])
     plain = op(kind, backend)
-    expected = with_gradients(lambda x, s, g: F.max_pool2d(plain(x, s, g), 2), x, shortcut, shape[0], grad)
-    found = with_gradients(op(kind, backend, max_pool=True), x, shortcut, shape[0], grad)
+    expected = with_gradients(lambda x, s, g: POOLS[pool](plain(x, s, g), 2), x, shortcut, shape[0], grad)
+    found = with_gradients(op(kind, backend, pool), x, shortcut, shape[0], grad)
     assert found.keys() == expected.keys()
     for name, value in found.items():
         assert value.is_contiguous(memory_format=torch.channels_last)
@@ -202,8 +205,11 @@ def test_nan_of_a_plain_shortcut_stays_where_it_is(dtype: torch.dtype, backend: 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("pool", POOLS)  # avg together with an affine step
 @pytest.mark.parametrize("shape", [(3, 2, 5, 7, 3), (2, 2, 100, 9, 9), (1, 16, 32, 32, 32)], ids=str)
-def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+def test_nothing_is_read_or_written_out_of_bounds(
+    shape: tuple[int, ...], pool: Pool, kind: str, dtype: torch.dtype
+) -> None:
     """Every buffer lies between guards of NaN: read, one spoils a result; written, it is NaN no longer."""
     cpp, guard = extension(), 64
     images = make_inputs(shape, dtype)
@@ -213,31 +219,36 @@ def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...], kind: 
     def guarded(size: int, dtype: torch.dtype, values: Tensor | None = None) -> Tensor:
         buffer = torch.full((size + 2 * guard,), torch.nan, dtype=dtype)
         if values is not None:
-            buffer[guard:-guard] = values.permute(0, 2, 3, 1).flatten()
+            buffer[guard:-guard] = values.permute(0, 2, 3, 1).flatten() if values.ndim == 4 else values
         return buffer
 
     def address(buffer: Tensor) -> int:
         return buffer.data_ptr() + guard * buffer.element_size()
 
-    max_pool = shape[3] % 2 == 0
+    pools, has_affine = shape[3] % 2 == 0, pool == "avg"
     x, shortcut = (guarded(size, dtype, image) for image in images[:2])
-    grad = guarded(size // 4, dtype, images[2][:, :, ::2, ::2]) if max_pool else guarded(size, dtype, images[2])
-    y = guarded(size // 4 if max_pool else size, dtype)
+    grad = guarded(size // 4, dtype, images[2][:, :, ::2, ::2]) if pools else guarded(size, dtype, images[2])
+    y = guarded(size // 4 if pools else size, dtype)
     dx, dshortcut = (guarded(size, dtype) for _ in range(2))
     index = torch.full((size // 4 + 2 * guard,), 255, dtype=torch.uint8)
-    pooling = (address(index) if max_pool else 0, shape[4])
+    pooling = (address(index) if pools else 0, getattr(cpp.Pool, pool), shape[4])
+    affine = guarded(branches * 2 * channels, torch.float32, torch.linspace(-1, 2, branches * 2 * channels))
+    daffine = guarded(branches * 2 * channels, torch.float32)
+    steps = [address(t) if has_affine else 0 for t in (affine, daffine)]
     stats = guarded(branches * 2 * num_groups * channels, torch.float32)
     groups_rows_channels = (num_groups, size // channels // num_groups, channels)
     call = (groups_rows_channels, dtype == torch.bfloat16, getattr(cpp.Shortcut, kind))
-    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), *pooling, EPS, 2)
-    cpp.norm_relu_backward(*call, *(address(t) for t in (grad, y, x, shortcut, stats, dx, dshortcut)), *pooling, 2)
+    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), steps[0], *pooling, EPS, 2)
+    saved = (address(t) for t in (grad, y, x, shortcut, stats))
+    cpp.norm_relu_backward(*call, *saved, steps[0], address(dx), address(dshortcut), steps[1], *pooling, 2)
     assert (index[:guard] == 255).all()
     assert (index[-guard:] == 255).all()
-    assert not max_pool or (index[guard:-guard] < 4).all()
-    for name, buffer in {"y": y, "stats": stats, "dx": dx, "dshortcut": dshortcut}.items():
+    assert not pools or (index[guard:-guard] < (4 if pool == "max" else 16)).all()
+    untouched = ["dshortcut"] * (kind == "none") + ["daffine"] * (not has_affine)
+    for name, buffer in {"y": y, "stats": stats, "dx": dx, "dshortcut": dshortcut, "daffine": daffine}.items():
         assert buffer[:guard].isnan().all(), name
         assert buffer[-guard:].isnan().all(), name
-        assert buffer[guard:-guard].isnan().any() == (name == "dshortcut" and kind == "none"), name
+        assert buffer[guard:-guard].isnan().any() == (name in untouched), name
 
 
 @needs_cpp
@@ -272,13 +283,14 @@ def test_gradcheck(kind: str) -> None:
 def test_opcheck(dtype: torch.dtype) -> None:
     x, shortcut, grad = make_inputs((2, 2, 3, 4, 4), dtype)
     ops = torch.ops.bmsn
-    for added, normalise, max_pool in ((None, False, True), (shortcut, False, False), (shortcut, True, True)):
-        arguments = (x, added, 2, normalise, max_pool, "cpp")
-        y, stats, index = ops.norm_relu(*arguments)
-        torch.library.opcheck(ops.norm_relu.default, arguments)
-        pooled_grad = channels_last(grad[:, :, ::2, ::2]) if max_pool else grad
-        saved = (y, x, shortcut if normalise else None, stats, index if max_pool else None)
-        torch.library.opcheck(ops.norm_relu_backward.default, (pooled_grad, *saved, added is not None, "cpp"))
+    for added, normalise, pool in ((None, False, "max"), (shortcut, False, None), (shortcut, True, "avg")):
+        for num_groups, affine in ((2, None), (1, torch.ones(1 + normalise, 2, 3))):
+            arguments = (x, added, affine, num_groups, normalise, pool, "cpp")
+            y, stats, index = ops.norm_relu(*arguments)
+            torch.library.opcheck(ops.norm_relu.default, arguments)
+            pooled_grad = channels_last(grad[:, :, ::2, ::2]) if pool else grad
+            saved = (y, x, shortcut if normalise else None, affine, stats, index if pool else None)
+            torch.library.opcheck(ops.norm_relu_backward.default, (pooled_grad, *saved, pool, added is not None, "cpp"))
 
 
 def test_bad_input() -> None:
@@ -301,6 +313,8 @@ def test_bad_input() -> None:
     with pytest.raises(InputError, match="at least 2 values in each channel; got 1"):
         norm_relu(channels_last(x[:, :, :1, :1]), 4)
     with pytest.raises(InputError, match=r"even height and width; x is \(4, 3, 4, 3\)"):
-        norm_relu(channels_last(x[..., :3]), max_pool=True)
+        norm_relu(channels_last(x[..., :3]), pool="max")
+    with pytest.raises(InputError, match="pool must be max, avg or None; got 'stride'"):
+        norm_relu(x, pool="stride")
     with pytest.raises(InputError, match="norm_relu has only: reference"):
         norm_relu(x.double(), backend="cpp")

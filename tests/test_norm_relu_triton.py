@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bmsn.ops.norm_relu import norm_add_relu, norm_relu
+from bmsn.ops.norm_relu import Pool, affine_norm_relu, norm_add_relu, norm_relu
 from oracles import assert_no_worse
 from stacked import TRITON_DTYPES, assert_guards_hold, channels_last, device_for, guarded, needs_triton, random_map
-from test_norm_relu import KINDS, before_relu, eager_norm, formula, op, with_gradients
+from test_norm_relu import KINDS, POOLS, before_relu, eager_norm, formula, op, with_gradients
 
 # groups, images, C, H, W: smallest; ragged in windows and channels; more channels than a block; several programs
 SHAPES = [(1, 1, 1, 2, 2), (3, 2, 5, 6, 2), (2, 1, 130, 4, 2), (2, 3, 20, 12, 10)]
@@ -22,7 +22,9 @@ def make_inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> t
     return x, shortcut, grad
 
 
-def run(kind: str, x: Tensor, shortcut: Tensor, num_groups: int, grad: Tensor, pool: bool = False) -> dict[str, Tensor]:
+def run(
+    kind: str, x: Tensor, shortcut: Tensor, num_groups: int, grad: Tensor, pool: Pool | None = None
+) -> dict[str, Tensor]:
     moved = [t.to(device_for("triton")) for t in (x, shortcut, grad)]
     found = with_gradients(op(kind, "triton", pool), *moved[:2], num_groups, moved[2])
     return {name: value.cpu() for name, value in found.items()}
@@ -48,18 +50,18 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], kind: str, dtype: 
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_max_pooling_is_torchs_behind_the_rest(shape: tuple[int, ...], kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("shape", "pool"), [*((shape, "max") for shape in SHAPES), (SHAPES[1], "avg")], ids=str)
+def test_pooling_is_torchs_behind_the_rest(shape: tuple[int, ...], pool: Pool, kind: str, dtype: torch.dtype) -> None:
     x, shortcut, grad = make_inputs(shape, dtype)
     x[:, :, :, 1::2] = x[:, :, :, 0::2]  # two of each four are equal: the first gets the gradient
     shortcut[:, :, :, 1::2] = shortcut[:, :, :, 0::2]
     grad = channels_last(grad[:, :, ::2, ::2])
     device = device_for("triton")
     leaves = [t.to(device).detach().requires_grad_() for t in (x, shortcut)]
-    y = F.max_pool2d(op(kind, "triton")(*leaves, shape[0]), 2)
+    y = POOLS[pool](op(kind, "triton")(*leaves, shape[0]), 2)
     y.backward(grad.to(device))
     expected = {"y": y.detach(), "dx": leaves[0].grad, "dshortcut": leaves[1].grad}
-    found = run(kind, x, shortcut, shape[0], grad, pool=True)
+    found = run(kind, x, shortcut, shape[0], grad, pool)
     for name, value in found.items():
         wanted = expected[name].cpu()
         # sums over windows instead of pixels are in another order
@@ -69,33 +71,49 @@ def test_max_pooling_is_torchs_behind_the_rest(shape: tuple[int, ...], kind: str
 
 
 @needs_triton
-@pytest.mark.parametrize("pool", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", SHAPES[1:], ids=str)
-def test_triton_stays_in_bounds(shape: tuple[int, ...], kind: str, pool: bool) -> None:
+@pytest.mark.parametrize(
+    ("shape", "has_affine", "pool"),
+    [(shape, False, pool) for shape in SHAPES[1:] for pool in (None, "max")]
+    + [(SHAPES[1], has_affine, pool) for has_affine in (False, True) for pool in (None, *POOLS)],
+    ids=str,
+)
+def test_triton_stays_in_bounds(shape: tuple[int, ...], kind: str, has_affine: bool, pool: Pool | None) -> None:
     """Inputs between guards of NaN, outputs poisoned with it."""
     from bmsn.kernels.norm_relu import launch_norm_relu, launch_norm_relu_backward
 
-    num_groups, channels, device = shape[0], shape[2], device_for("triton")
+    num_groups, channels, device = 1 if has_affine else shape[0], shape[2], device_for("triton")
     x, shortcut, grad = make_inputs(shape)
     grad = channels_last(grad[:, :, ::2, ::2]) if pool else grad
-    expected = run(kind, x, shortcut, num_groups, grad, pool)
+    branches = 2 if kind == "normalised" else 1
+    if has_affine:
+        affine = torch.randn(branches, 2, channels, generator=torch.Generator().manual_seed(5)).to(device)
+        leaves = [t.to(device).requires_grad_() for t in (x, affine, shortcut)]
+        result, _ = affine_norm_relu(*leaves[: 2 if kind == "none" else 3], pool=pool, backend="triton")
+        result.backward(grad.to(device))
+        found = {"y": result.detach(), "dx": leaves[0].grad, "daffine": leaves[1].grad, "dshortcut": leaves[2].grad}
+        expected = {name: value.cpu() for name, value in found.items() if value is not None}
+    else:
+        affine, expected = None, run(kind, x, shortcut, num_groups, grad, pool)
     x, shortcut, grad = (guarded(t.to(device)) for t in (x, shortcut, grad))
     y, index = guarded(torch.empty_like(grad), poison=True), None
     if pool:
         index = channels_last(torch.full((*grad.shape[:3], grad.shape[3]), 255, dtype=torch.uint8, device=device))
-    branches = 2 if kind == "normalised" else 1
+    affine = None if affine is None else guarded(affine.detach())
     stats = guarded(torch.empty((branches, 2, num_groups, channels), device=device), poison=True)
-    launch_norm_relu(x, None if kind == "none" else shortcut, y, stats, index)
-    outputs = {"dx": guarded(x, poison=True), "dshortcut": guarded(x, poison=True)}
-    if kind == "none":
-        del outputs["dshortcut"]
+    launch_norm_relu(x, None if kind == "none" else shortcut, affine, y, stats, index, pool)
+    outputs = {"dx": guarded(x, poison=True)}
+    if kind != "none":
+        outputs["dshortcut"] = guarded(x, poison=True)
+    if affine is not None:
+        outputs["daffine"] = guarded(affine, poison=True)
     launch_norm_relu_backward(
-        grad, y if pool or kind != "none" else None, x, shortcut if kind == "normalised" else None, stats, index,
-        outputs["dx"], outputs.get("dshortcut"),
+        y=y if pool == "max" or (pool is None and kind != "none") else None, grad=grad, x=x,
+        shortcut=shortcut if kind == "normalised" else None, affine=affine, stats=stats, index=index, pool=pool,
+        dx=outputs["dx"], dshortcut=outputs.get("dshortcut"), daffine=outputs.get("daffine"),
     )  # fmt: skip
     assert_guards_hold(y=y, stats=stats, **outputs)
-    assert index is None or (index < 4).all()
+    assert index is None or (index < (4 if pool == "max" else 16)).all()
     for name, value in {"y": y, **outputs}.items():
         assert torch.equal(value.cpu(), expected[name]), name
 
@@ -132,15 +150,16 @@ def test_a_large_mean_does_not_cancel() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("normalise", [False, True])
-def test_opcheck(normalise: bool) -> None:
+@pytest.mark.parametrize(("normalise", "pool", "num_groups"), [(False, "max", 2), (True, "avg", 1)])
+def test_opcheck(normalise: bool, pool: Pool, num_groups: int) -> None:
     x, shortcut, grad = (t.to(device_for("triton")) for t in make_inputs((2, 2, 3, 4, 4)))
     ops = torch.ops.bmsn
-    arguments = (x, shortcut, 2, normalise, True, "triton")
+    affine = torch.ones(1 + normalise, 2, 3, device=x.device) if num_groups == 1 else None
+    arguments = (x, shortcut, affine, num_groups, normalise, pool, "triton")
     torch.library.opcheck(ops.norm_relu.default, arguments)
     y, stats, index = ops.norm_relu(*arguments)
     grad = channels_last(grad[:, :, ::2, ::2])
-    saved = (y, x, shortcut if normalise else None, stats, index)
+    saved = (y, x, shortcut if normalise else None, affine, stats, index, pool)
     torch.library.opcheck(ops.norm_relu_backward.default, (grad, *saved, True, "triton"))
 
 

@@ -76,6 +76,21 @@ def test_weights_are_those_of_a_plain_loop(data, monkeypatch, half):
     assert trained.accuracy == 100 * trained.correct / 36
 
 
+def test_a_gradient_that_is_not_finite_stops_it_even_if_the_last_loss_is(data, monkeypatch):
+    """A step whose update was left out would go unnoticed, were only the loss of step 25 looked at."""
+    step, calls = bmsn.standalone.arena_step, []
+
+    def third_fails(*arguments, **options):
+        loss, correct = step(*arguments, **options)
+        calls.append(loss)
+        return (loss * torch.nan if len(calls) == 3 else loss), correct
+
+    monkeypatch.setattr(bmsn.standalone, "arena_step", third_fails)
+    with pytest.raises(bmsn.RunStopped, match="not finite at step 24 of 24"):
+        train_alone(SPACE, SPACE[0], data, SETTINGS, seed=0, device=CPU)
+    assert calls[-1].isfinite()
+
+
 def test_every_test_image_is_counted(data, monkeypatch):
     """36 images in batches of 10: the last one is short."""
     monkeypatch.setattr(bmsn.standalone, "_TEST_BATCH", 10)
@@ -110,12 +125,17 @@ def test_it_learns_and_says_how_far_it_is(data):
 
 
 def test_milestones_multiply_the_learning_rate(data, monkeypatch):
-    rates = []
-    step = torch.optim.SGD.step
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: (rates.append(self.param_groups[0]["lr"]), step(self))[1])
+    rates: list[float] = []
+    step = bmsn.standalone.arena_step
+
+    def watched(*arguments, lr, **options):
+        rates.append(lr.item())
+        return step(*arguments, lr=lr, **options)
+
+    monkeypatch.setattr(bmsn.standalone, "arena_step", watched)
     settings = TrainingSettings(epochs=1, batch_size=16, milestones=(0.5, 0.75), factor=0.2)
     train_alone(SPACE, SPACE[0], data, settings, seed=0, device=CPU)
-    np.testing.assert_allclose(rates, [0.1] * 4 + [0.02] * 2 + [0.004] * 2)
+    np.testing.assert_allclose(rates, [0.1] * 4 + [0.02] * 2 + [0.004] * 2, rtol=1e-6)
 
 
 def test_a_loss_that_is_not_finite_stops_it(data):

@@ -21,6 +21,7 @@ MODULES = (
     "head",
     "evaluator",
     "triton_addresses",
+    "affine_norm_relu",
     "norm_relu_triton",
     "cross_entropy",
     "sgd",

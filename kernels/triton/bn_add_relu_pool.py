@@ -1,5 +1,5 @@
 """BatchNorm, shortcut, ReLU and 2x2 pooling in one read of the inputs, for `bmsn.ops.bn_add_relu_pool`
-and, with an index for the backward pass, for `bmsn.ops.norm_relu`.
+and, with an affine step and an index for the backward pass, for `bmsn.ops.norm_relu`.
 
 A program takes BLOCK_P windows of one group and BLOCK_C channels. A window is a pixel, or the four pixels of a 2x2
 window where the map is pooled; either way each input element is read once and each output element written once.
@@ -23,7 +23,9 @@ def _bn_add_relu_pool_kernel(
     shortcut_stats_ptr,  # (2, G, C), or None: the shortcut as it is
     full_ptr,  # like y, or None
     pooled_ptr,  # (G, images, height / 2, width / 2, C), or None, and then WINDOW is 1
-    index_ptr,  # like pooled in uint8: which of each four the maximum is, the first of equal ones; or None
+    index_ptr,  # like pooled in uint8: which of each four the maximum is, the first of equal ones; with a mean four
+    # bits, which of them are positive (or NaN); or None
+    affine_ptr,  # (1 or 2, 2, C) with one group, weight and bias, then the shortcut's where it has statistics; or None
     num_groups,
     images,
     height,
@@ -52,6 +54,12 @@ def _bn_add_relu_pool_kernel(
     if shortcut_stats_ptr is not None:
         shortcut_mean = tl.load(shortcut_stats_ptr + stats, mask=known, other=0.0)
         shortcut_rstd = tl.load(shortcut_stats_ptr + other + stats, mask=known, other=0.0)
+    if affine_ptr is not None:
+        rstd *= tl.load(affine_ptr + channel, mask=known, other=0.0)
+        shift = tl.load(affine_ptr + C + channel, mask=known, other=0.0)
+        if shortcut_stats_ptr is not None:
+            shortcut_rstd *= tl.load(affine_ptr + 2 * C + channel, mask=known, other=0.0)
+            shift += tl.load(affine_ptr + 3 * C + channel, mask=known, other=0.0)
 
     row, column = window // columns, window % columns  # row: of all images of the group
     corner = ((group * images * height + row * WINDOW) * width + column * WINDOW)[:, None] * C + channel[None, :]
@@ -65,11 +73,16 @@ def _bn_add_relu_pool_kernel(
             if shortcut_stats_ptr is not None:
                 shortcut = (shortcut - shortcut_mean[None, :]) * shortcut_rstd[None, :]
             z += shortcut
+        if affine_ptr is not None:
+            z += shift[None, :]
         z = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y_ptr.dtype.element_ty)
         if full_ptr is not None:
             tl.store(full_ptr + offset, z, mask=mask)
         if index_ptr is not None:
-            index = tl.where(z.to(tl.float32) > pool, pixel, index)
+            if MAX:
+                index = tl.where(z.to(tl.float32) > pool, pixel, index)
+            else:
+                index += tl.where(z.to(tl.float32) <= 0, 0, 1 << pixel)
         if MAX:  # from 0, which no value after ReLU is below
             pool = tl.maximum(pool, z.to(tl.float32), propagate_nan=tl.PropagateNan.ALL)
         else:
@@ -92,6 +105,7 @@ def launch_bn_add_relu_pool(
     pooled: torch.Tensor | None,
     pool: str,
     index: torch.Tensor | None = None,
+    affine: torch.Tensor | None = None,
 ) -> None:
     num_groups, channels = stats.shape[1:]
     images, height, width = len(y) // num_groups, *y.shape[2:]
@@ -108,6 +122,7 @@ def launch_bn_add_relu_pool(
             full,
             pooled,
             index,
+            affine,
             num_groups,
             images,
             height,
