@@ -36,7 +36,7 @@ from bmsn.weights import write_weights
 
 _LOG = logging.getLogger("bmsn.tasks")
 
-FORMAT = 1  # counts up whenever the same task would come to another result
+FORMAT = 2  # counts up whenever the same task would come to another result
 TOUCH_SECONDS, STALE_SECONDS = 15, 120  # how often a claim is touched, and when it counts as abandoned
 
 
