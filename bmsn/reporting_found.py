@@ -36,6 +36,11 @@ def _found(run: ReportedRun, name: str) -> list[Block]:
     parts.append(f"Ranked by {run.ranked_by}.")
     if any(row.accuracy is not None for row in run.rows):
         parts.append(WITHIN_SUPERNET)
+        adapt = run.config.get("adapt")
+        if adapt and run.finished:
+            parts.append(
+                f"Before each is taken, a copy of the supernet trains {adapt} steps with that architecture alone."
+            )
     return [Text(" ".join(parts))]
 
 
