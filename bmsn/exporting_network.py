@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bmsn.data import normalisation_table
 from bmsn.errors import InputError
 from bmsn.latency import fold_batch_norm
-from bmsn.network import SupernetMixture, build_path_network, check_images
+from bmsn.network import SupernetMixture, build_path_network, check_images, copy_weights
 from bmsn.paths import Candidate, ResolutionPath, as_path
 from bmsn.space import SearchSpace
 
@@ -97,17 +97,7 @@ def network_from_row(
     """`network_from_supernet` for one row of weights (P,), unchecked."""
     network = build_path_network(nets.space, path, nets.num_classes, nets.in_channels)
     network.to(calibration_images.device, calibration_images.dtype).eval()
-    weights = nets.weights(row, calibration_images.dtype)
-    # Modules come in the order of the layers, a shortcut behind the main path.
-    given = [] if weights.stem is None else [weights.stem]
-    for layer, named in zip(nets.space.layers, weights.layers, strict=True):
-        given += [named[conv.name] for conv in layer.convolutions]
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    for convolution, weight in zip(convolutions, given, strict=True):
-        convolution.weight.copy_(weight)
-    (linear,) = (module for module in network.modules() if isinstance(module, nn.Linear))
-    linear.weight.copy_(weights.head_weight)
-    linear.bias.copy_(weights.head_bias)
+    copy_weights(nets.weights(row, calibration_images.dtype), network)
     _calibrate(network, calibration_images)
     fold_batch_norm(network)
     return network
