@@ -95,12 +95,18 @@ def network_from_row(
     nets: SupernetMixture, row: Tensor, path: ResolutionPath, calibration_images: Tensor
 ) -> nn.Sequential:
     """`network_from_supernet` for one row of weights (P,), unchecked."""
-    network = build_path_network(nets.space, path, nets.num_classes, nets.in_channels)
+    network = _blank_network(nets.space, path, nets.num_classes, nets.in_channels)
     network.to(calibration_images.device, calibration_images.dtype).eval()
     copy_weights(nets.weights(row, calibration_images.dtype), network)
     _calibrate(network, calibration_images)
     fold_batch_norm(network)
     return network
+
+
+def _blank_network(space: SearchSpace, path: ResolutionPath, num_classes: int, in_channels: int) -> nn.Sequential:
+    """One whose weights are to be replaced: torch's random state, which belongs to the caller, is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_path_network(space, path, num_classes, in_channels)
 
 
 def _calibrate(network: nn.Module, images: Tensor) -> None:
@@ -148,7 +154,7 @@ def rebuild(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Sequ
     """
     space = SearchSpace(**config["space"])
     path = ResolutionPath(tuple(config["resolutions"]))
-    network = build_path_network(space, path, config["num_classes"], config["in_channels"]).eval()
+    network = _blank_network(space, path, config["num_classes"], config["in_channels"]).eval()
     if config["batch_norm"] == "folded":
         fold_batch_norm(network)
     mean, std = (torch.tensor(config["normalisation"][name], dtype=torch.float64) for name in ("mean", "std"))
