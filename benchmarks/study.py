@@ -102,9 +102,9 @@ def _rules(spec: MethodSpec) -> Sequence[str]:
 
 
 def _as_text(spec: MethodSpec, rule: str) -> str:
-    given = dict(spec.settings)
+    given = spec.settings | {"rank_by": rule}  # so that the label holds, whatever `settings` say
     if len(_rules(spec)) > 1:
-        given |= {"score": "pairs", "rank_by": rule}
+        given["score"] = "pairs"
     given["label"] = _label(_plain(spec.label), rule)
     return f"{spec.method}:" + ",".join(f"{name}={value}" for name, value in given.items())
 

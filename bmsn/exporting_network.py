@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from bmsn.data import normalisation_table
 from bmsn.errors import InputError
 from bmsn.latency import fold_batch_norm
-from bmsn.network import SupernetMixture, build_path_network, check_images
+from bmsn.network import SupernetMixture, build_path_network, check_images, copy_weights
 from bmsn.paths import Candidate, ResolutionPath, as_path
 from bmsn.space import SearchSpace
 
@@ -95,22 +95,18 @@ def network_from_row(
     nets: SupernetMixture, row: Tensor, path: ResolutionPath, calibration_images: Tensor
 ) -> nn.Sequential:
     """`network_from_supernet` for one row of weights (P,), unchecked."""
-    network = build_path_network(nets.space, path, nets.num_classes, nets.in_channels)
+    network = _blank_network(nets.space, path, nets.num_classes, nets.in_channels)
     network.to(calibration_images.device, calibration_images.dtype).eval()
-    weights = nets.weights(row, calibration_images.dtype)
-    # Modules come in the order of the layers, a shortcut behind the main path.
-    given = [] if weights.stem is None else [weights.stem]
-    for layer, named in zip(nets.space.layers, weights.layers, strict=True):
-        given += [named[conv.name] for conv in layer.convolutions]
-    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
-    for convolution, weight in zip(convolutions, given, strict=True):
-        convolution.weight.copy_(weight)
-    (linear,) = (module for module in network.modules() if isinstance(module, nn.Linear))
-    linear.weight.copy_(weights.head_weight)
-    linear.bias.copy_(weights.head_bias)
+    copy_weights(nets.weights(row, calibration_images.dtype), network)
     _calibrate(network, calibration_images)
     fold_batch_norm(network)
     return network
+
+
+def _blank_network(space: SearchSpace, path: ResolutionPath, num_classes: int, in_channels: int) -> nn.Sequential:
+    """One whose weights are to be replaced: torch's random state, which belongs to the caller, is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return build_path_network(space, path, num_classes, in_channels)
 
 
 def _calibrate(network: nn.Module, images: Tensor) -> None:
@@ -158,7 +154,7 @@ def rebuild(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> nn.Sequ
     """
     space = SearchSpace(**config["space"])
     path = ResolutionPath(tuple(config["resolutions"]))
-    network = build_path_network(space, path, config["num_classes"], config["in_channels"]).eval()
+    network = _blank_network(space, path, config["num_classes"], config["in_channels"]).eval()
     if config["batch_norm"] == "folded":
         fold_batch_norm(network)
     mean, std = (torch.tensor(config["normalisation"][name], dtype=torch.float64) for name in ("mean", "std"))

@@ -55,28 +55,37 @@ Found = tuple[nn.Sequential, ImageDataset, dict[str, Any]]
 def untrained(source: Source, supernet: int | None, num_calibration: int | None) -> Found:
     """The architecture with the weights that it has in a supernet: BatchNorm calibrated and folded.
 
+    The weights are those that the search scored, the last ones or their mean; with `adapt`, those before adaptation.
+
     Args:
         source: run and architecture.
         supernet: which one; None: the one that ranked it.
         num_calibration: training images to calibrate on; None: 1,024. The training half's first ones, as when a search
             scores with norm calibrated.
     Raises:
-        InputError: no such supernet, no checkpoint of the search's end, or images that have changed.
+        InputError: no such supernet, no checkpoint of the search's end, weights that no step trained, or images that
+            have changed.
     """
     chosen = _supernet(source, supernet)
-    rows = _last_weights(source)
+    state = _last_state(source)
+    average, path = state.get("average"), as_path(source.space, source.architecture)
+    rows: Tensor = average["arena"] if average and average["count"] else state["arena"]  # what was scored
+    if chosen is None:
+        _check_visited(source, path, state["visits"])
     data = source.images.open(source.space)
     train, validation = split_halves(data.train_labels, source.result.config["seed"])
     mean, std = normalisation(data.train_images, train)
     indices = train[: num_calibration or NUM_CALIBRATION]
     calibration = normalise(data.train_images, normalisation_table(mean, std), torch.float32, indices=indices)
     nets = SupernetMixture(source.space, len(rows), data.num_classes, data.in_channels)
-    path = as_path(source.space, source.architecture)
     row = gather_path(nets, rows, path) if chosen is None else rows[chosen]
     bare = network_from_row(nets, row.to(source.device), path, calibration.to(source.device))
     network = _with_normalisation(source, bare, mean, std)
     where = "its weights at each resolution" if chosen is None else f"supernet {chosen}"
     text = f"{where}, not retrained, BatchNorm calibrated on {len(indices)} training images and folded"
+    adapt = source.result.config.get("adapt", 0)
+    if adapt:
+        text += f"; before the {adapt} steps of adaptation after which the search scored it"
     held_out = data.train_images[validation], data.train_labels[validation]
     return network, data, {
         "batch_norm": "folded", "normalisation": {"mean": mean.tolist(), "std": std.tolist()},
@@ -115,8 +124,18 @@ def _supernet(source: Source, asked: int | None) -> int | None:
     return ranked
 
 
-def _last_weights(source: Source) -> Tensor:
-    """The weights that the search scored at its end, (rows, P) float32: the last ones or their mean."""
+def _check_visited(source: Source, path: ResolutionPath, visits: np.ndarray) -> None:
+    """Raises InputError where no step of the search passed a layer at the path's resolution: its weights are random."""
+    unseen = [layer for layer, resolution in enumerate(path.resolutions) if not visits[layer, resolution]]
+    if unseen:
+        raise InputError(
+            f"from_supernet: no step of the search in {source.run} trained {source.architecture} in layer "
+            f"{', '.join(map(str, unseen))} at its resolution: {_retrain_command(source)} trains it"
+        )
+
+
+def _last_state(source: Source) -> dict[str, Any]:
+    """What the method saved at the end of the search."""
     folder = source.run / "checkpoints"
     saved = CheckpointStore(folder).load_latest() if folder.is_dir() else None
     if saved is None:
@@ -127,9 +146,7 @@ def _last_weights(source: Source) -> Tensor:
         raise InputError(
             f"{folder}: the last checkpoint that can be read is of step {step}; the search had {num_steps}"
         )
-    state = saved[1]["loop"]["method"]
-    average = state.get("average")
-    return average["arena"] if average and average["count"] else state["arena"]
+    return saved[1]["loop"]["method"]
 
 
 def retrained(source: Source, name: str | None) -> Found:

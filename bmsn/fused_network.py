@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bmsn.network import SupernetMixture, run_head, run_layer, run_stem
+from bmsn.network import SupernetMixture, copy_weights, run_head, run_layer, run_stem
 from bmsn.ops.norm_relu import EPS, Pool, affine_norm_relu
 from bmsn.paths import ResolutionPath
 from bmsn.space import SearchSpace
@@ -37,14 +37,14 @@ class FusedNetwork:
     """
 
     def __init__(self, space: SearchSpace, path: ResolutionPath, network: nn.Module) -> None:
-        self._space, self._path = space, path
+        self._space, self._path, self._network = space, path, network
         found = list(network.modules())
-        self._convs = [module for module in found if isinstance(module, nn.Conv2d)]
+        convs = [module for module in found if isinstance(module, nn.Conv2d)]
         self._norms = [module for module in found if isinstance(module, nn.BatchNorm2d)]
-        (self._head,) = (module for module in found if isinstance(module, nn.Linear))
+        (head,) = (module for module in found if isinstance(module, nn.Linear))
         # It only says where what lies in a row; a generator of its own, because torch's belongs to the caller.
-        own, channels = torch.Generator(), self._convs[0].in_channels
-        self._layout = SupernetMixture(space, 1, self._head.out_features, channels, generator=own)
+        own, channels = torch.Generator(), convs[0].in_channels
+        self._layout = SupernetMixture(space, 1, head.out_features, channels, generator=own)
         self.num_convs, self._num_head = self._layout.part_sizes
         # What one call of the op normalises: branches and channels. The last of a layer takes its shortcut's along.
         self._calls = [(1, space.stem_width)] if space.stem == "large" else []
@@ -52,8 +52,8 @@ class FusedNetwork:
             self._calls += [(1, conv.out_channels) for conv in layer.main[:-1]]
             self._calls.append((1 if layer.shortcut is None else 2, layer.out_channels))
         with torch.no_grad():
-            parts = [conv.weight.permute(0, 2, 3, 1).flatten() for conv in self._convs]
-            parts += [self._head.weight.flatten(), self._head.bias]
+            parts = [conv.weight.permute(0, 2, 3, 1).flatten() for conv in convs]
+            parts += [head.weight.flatten(), head.bias]
             parts += [part for norm in self._norms for part in (norm.weight, norm.bias)]
             self.arena = torch.cat(parts)[None]
             statistics = [part for norm in self._norms for part in (norm.running_mean, norm.running_var)]
@@ -86,14 +86,7 @@ class FusedNetwork:
     def write_back(self, num_steps: int) -> None:
         """Puts weights, running statistics and the number of batches behind them into the network."""
         convs, head, affine = self.arena[0].split([self.num_convs, self._num_head, 2 * self._num_channels])
-        weights = self._layout.views(convs, head)
-        stem = [] if weights.stem is None else [weights.stem]
-        for conv, weight in zip(
-            self._convs, [*stem, *(w for layer in weights.layers for w in layer.values())], strict=True
-        ):
-            conv.weight.copy_(weight)
-        self._head.weight.copy_(weights.head_weight)
-        self._head.bias.copy_(weights.head_bias)
+        copy_weights(self._layout.views(convs, head), self._network)
         pairs, running = (chain.from_iterable(self._by_call(values)) for values in (affine, self._running))
         for norm, (weight, bias), (mean, variance) in zip(self._norms, pairs, running, strict=True):
             values = (weight, bias, mean, variance, torch.tensor(num_steps))

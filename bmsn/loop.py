@@ -166,13 +166,14 @@ class SearchLoop:
         if every and step % every == 0 and step < self.num_steps:
             scores = self.score()
             ranked = self.rank(scores)
+            values = {row.architecture.slug: row.rank_value for row in ranked if row.rank_value is not None}
             self.write({
                 "kind": "ranking", "step": step, "epoch": step // self.steps_per_epoch,
                 "best": ranked[0].architecture.slug,
                 "accuracy": {row.architecture.slug: row.accuracy for row in ranked},
                 "supernet": {row.architecture.slug: row.supernet for row in ranked},
                 "truth": self.against_truth(ranked, scores), "cost": self.method.cost.as_dict(),
-            })  # fmt: skip
+            } | ({"rank_value": values} if values else {}))  # fmt: skip
 
     # Scoring and ranking. ---------------------------------------------------------------------------------------------
 

@@ -246,6 +246,21 @@ def run_layer(
     return norm(y, x, normalise_shortcut=projects, pool=pool)
 
 
+@torch.no_grad()
+def copy_weights(weights: Weights, network: nn.Module) -> None:
+    """Puts convolutions and head of one weight set into a network of `build_path_network`, in whose modules they come
+    in the order of the layers, a shortcut behind the main path.
+    """
+    given = [] if weights.stem is None else [weights.stem]
+    given += [weight for layer in weights.layers for weight in layer.values()]
+    convolutions = [module for module in network.modules() if isinstance(module, nn.Conv2d)]
+    for convolution, weight in zip(convolutions, given, strict=True):
+        convolution.weight.copy_(weight)
+    (head,) = (module for module in network.modules() if isinstance(module, nn.Linear))
+    head.weight.copy_(weights.head_weight)
+    head.bias.copy_(weights.head_bias)
+
+
 def run_head(x: Tensor, weights: Weights) -> Tensor:
     """Logits (N, num_classes) from the last layer's map, in the dtype of the head's weights."""
     features = x.mean((2, 3), dtype=weights.head_weight.dtype)

@@ -36,6 +36,11 @@ def _found(run: ReportedRun, name: str) -> list[Block]:
     parts.append(f"Ranked by {run.ranked_by}.")
     if any(row.accuracy is not None for row in run.rows):
         parts.append(WITHIN_SUPERNET)
+        adapt = run.config.get("adapt")
+        if adapt and run.finished:
+            parts.append(
+                f"Before each is taken, a copy of the supernet trains {adapt} steps with that architecture alone."
+            )
     return [Text(" ".join(parts))]
 
 
@@ -93,6 +98,8 @@ def _ranking(run: ReportedRun, name: str) -> list[Block]:
         ("architecture", True, lambda row: cell(str(row.architecture))),
         ("pooling before", True, lambda row: cell(_positions(row))),
         ("accuracy %", any(row.accuracy is not None for row in run.rows), lambda row: percent(row.accuracy)),
+        (f"by {run.config.get('rank_by')} %", any(row.rank_value is not None for row in run.rows),
+         lambda row: percent(row.rank_value)),
         ("supernet", any(row.supernet is not None for row in run.rows), lambda row: cell(row.supernet)),
         ("MACs (M)", True, lambda row: cell(row.macs / 1e6, "{:.1f}")),
         ("MACs", True, lambda row: cell(row.macs_ratio, "{:.2f}x")),

@@ -95,9 +95,9 @@ def _layers(run: ReportedRun, name: str, title: str, caption: str, course: Resol
 
 def _tree(run: ReportedRun, name: str) -> list[Block]:
     records = run.records.get("tree", [])
-    if not records:
+    nodes = tree_nodes(run.space.restricted(run.searched), records[-1]) if records else []
+    if not nodes:  # nor where no step so far had a finite loss
         return []
-    nodes = tree_nodes(run.space.restricted(run.searched), records[-1])
     leaves = [a for a, visits in zip(run.searched, records[-1]["visits"][-1], strict=True) if visits]
     caption = (
         "The tree at the end. A box is as wide as its share of the visits, with their number where there is room; its "

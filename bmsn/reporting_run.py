@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import yaml
 from bmsn.correlation import agreement, load_truth
 from bmsn.cost import within_macs
 from bmsn.errors import InputError
+from bmsn.rank_rules import IN_WORDS, RankRule
 from bmsn.result import SCHEMA_VERSION
 from bmsn.runfolder import read_metrics
 from bmsn.space import Architecture, SearchSpace
@@ -30,6 +32,7 @@ class ReportedRow:
 
     Attributes:
         accuracy: in [0, 1]; None: not scored.
+        rank_value: what the rank is by where that is made of several accuracies; else None.
         macs_ratio: multiply-accumulates relative to the space's default architecture.
         truth: stand-alone accuracy in percent; None: unknown.
         other: the remaining cells of result.json, by name.
@@ -38,11 +41,17 @@ class ReportedRow:
     rank: int
     architecture: Architecture
     accuracy: float | None
+    rank_value: float | None
     supernet: int | None
     macs: int
     macs_ratio: float
     truth: float | None
     other: dict[str, Any]
+
+    @property
+    def value(self) -> float | None:
+        """What a ranking by accuracies is by, as `bmsn.result.RankedArchitecture.value`."""
+        return self.accuracy if self.rank_value is None else self.rank_value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +61,7 @@ class ReportedRun:
     Attributes:
         label: name of the folder, made unique among the runs of a report.
         finished: whether there is a result; else `rows` come from the last ranking or a[c,m] of the metrics, if any.
-        ranked_by: what the ranking is by, in words; by_accuracy: whether that is `accuracy` of the rows.
+        ranked_by: what the ranking is by, in words.
         estimate: what `ema_accuracy` of the rows is, in words.
         resolution_path: resolution of each layer (0: full, 1: half, ...), of a method that is not bound to the space.
         searched: the architectures that the method numbers in its records: all, or those within `max_macs`.
@@ -70,7 +79,6 @@ class ReportedRun:
     space: SearchSpace
     config: dict[str, Any]
     ranked_by: str
-    by_accuracy: bool
     estimate: str
     resolution_path: tuple[int, ...] | None
     rows: tuple[ReportedRow, ...]
@@ -136,7 +144,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         num_classes = result["data"]["num_classes"] if result else _CLASSES_ASSUMED
         macs = [space.macs(a, num_classes=num_classes) for a in space]
         searched = _searched(space, config, macs, result)
-        ranked_by, ranked = _ranked(space, searched, result, records)
+        ranked_by, ranked = _ranked(space, searched, config, result, records)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -149,7 +157,6 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
             f"those with a head of {num_classes} classes."
         )
     method = result.get("method", {})
-    by_accuracy = not result or ranked_by.startswith("validation accuracy")
     truth, problem = _truth(config, space, truth_source)
     notes += [problem] if problem else []
     rows = [
@@ -157,6 +164,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
             rank=place,
             architecture=architecture,
             accuracy=cells.pop("accuracy", None),
+            rank_value=cells.pop("rank_value", None),
             supernet=cells.pop("supernet", None),
             macs=cells.pop("macs", macs[architecture.index]),
             macs_ratio=cells.pop("macs_ratio", macs[architecture.index] / macs[space.default.index]),
@@ -165,6 +173,9 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         )
         for place, (architecture, cells) in enumerate(ranked, start=1)
     ]
+    by_accuracy = (
+        not result or ranked_by.startswith("validation accuracy") or any(row.rank_value is not None for row in rows)
+    )
     return ReportedRun(
         path=path,
         label=label,
@@ -172,7 +183,6 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         space=space,
         config=config,
         ranked_by=ranked_by,
-        by_accuracy=by_accuracy,
         estimate=str(method.get("estimate", "a[c,m]")),
         resolution_path=_resolution_path(method.get("resolution_path"), space),
         rows=tuple(rows),
@@ -230,7 +240,7 @@ def _searched(
 
 
 def _ranked(
-    space: SearchSpace, searched: Sequence[Architecture], result: dict[str, Any],
+    space: SearchSpace, searched: Sequence[Architecture], config: dict[str, Any], result: dict[str, Any],
     records: dict[str, list[dict[str, Any]]],
 ) -> tuple[str, list[tuple[Architecture, dict[str, Any]]]]:  # fmt: skip
     """What accuracies are, and the architectures from best to worst with their cells."""
@@ -240,11 +250,17 @@ def _ranked(
         return ranked_by, [(space.find(row.pop("architecture")), row) for row in cells]
     if "ranking" in records:
         last = records["ranking"][-1]
-        scored = {space.find(slug): value for slug, value in last["accuracy"].items()}
-        order = sorted(scored, key=lambda a: -1.0 if scored[a] is None else scored[a], reverse=True)
-        return f"validation accuracy after epoch {last['epoch']}", [
-            (a, {"accuracy": scored[a], "supernet": last["supernet"][a.slug]}) for a in order
-        ]
+        rows = [
+            (space.find(slug), {
+                "accuracy": accuracy, "rank_value": last.get("rank_value", {}).get(slug),
+                "supernet": last["supernet"][slug],
+            })
+            for slug, accuracy in last["accuracy"].items()
+        ]  # fmt: skip
+        values = ranking_values(last)
+        rows.sort(key=lambda row: values.get(row[0].slug, -math.inf), reverse=True)
+        rule: RankRule = config.get("rank_by") or "assigned"
+        return f"{IN_WORDS[rule]} after epoch {last['epoch']}", rows
     if "mixture" in records:
         last = records["mixture"][-1]
         scores, best = np.array(last["scores"]), np.array(last["assignment"]).argmax(1)
@@ -254,6 +270,12 @@ def _ranked(
             for i in np.argsort(-ema, kind="stable").tolist()
         ]
     return "nothing yet", []
+
+
+def ranking_values(record: Mapping[str, Any]) -> dict[str, float]:
+    """What a `ranking` record ranks by, by slug; those not scored are left out."""
+    values = record.get("rank_value") or record["accuracy"]
+    return {slug: value for slug, value in values.items() if value is not None}
 
 
 def _truth(config: dict[str, Any], space: SearchSpace, source: str | None) -> tuple[dict[int, float], str]:
@@ -278,11 +300,12 @@ def _agreement(rows: Sequence[ReportedRow], truth: dict[int, float], by_accuracy
     """As the search computes it."""
     macs = {row.architecture.index: float(row.macs) for row in rows}
     accuracy = {row.architecture.index: row.accuracy or 0.0 for row in _whole(rows)}
+    value = {row.architecture.index: row.value or 0.0 for row in _whole(rows)}
     order = {row.architecture.index: -float(row.rank) for row in rows}
     estimates = {row.architecture.index: row.other.get("ema_accuracy") for row in rows}
     ema = {index: estimate for index, estimate in estimates.items() if estimate is not None}
-    figures = {"ranking": agreement(accuracy if by_accuracy else order, truth, macs)}
-    if accuracy and not by_accuracy:
+    figures = {"ranking": agreement(value if by_accuracy else order, truth, macs)}
+    if accuracy and (not by_accuracy or value != accuracy):
         figures["accuracy"] = agreement(accuracy, truth, macs)
     if ema:
         figures["ema"] = agreement(ema, truth, macs)

@@ -8,7 +8,7 @@ from bmsn.correlation import agreement
 from bmsn.figures import PALETTE
 from bmsn.figures_training import health_figure, ranking_history_figure, snapshots_figure, training_figure
 from bmsn.reporting_page import Block, Heading, Plot, Row, Table, cell
-from bmsn.reporting_run import MAX_NAMED, ReportedRun
+from bmsn.reporting_run import MAX_NAMED, ReportedRun, ranking_values
 from bmsn.reporting_statistics import MixtureHistory, mixture_history
 
 _SNAPSHOTS_LISTED = 8
@@ -27,12 +27,11 @@ def _ranking_history(run: ReportedRun, name: str) -> list[Block]:
     records = run.records.get("ranking", [])
     if not records or not run.rows:
         return []
-    last = {row.architecture.index: row.accuracy for row in run.rows if row.accuracy is not None}
+    last = {row.architecture.index: row.value for row in run.rows if row.value is not None}
     truth = {row.architecture.index: row.truth for row in run.rows if row.truth is not None}
     macs = {row.architecture.index: float(row.macs) for row in run.rows}
     rankings = [
-        {run.space.find(slug).index: value for slug, value in record["accuracy"].items() if value is not None}
-        for record in records
+        {run.space.find(slug).index: value for slug, value in ranking_values(record).items()} for record in records
     ]
     curves: dict[str, list[float | None]] = {}
     for label, target in (("with the last ranking", last), ("with the truth", truth)):

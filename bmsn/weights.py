@@ -29,5 +29,5 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             return {name: torch.from_numpy(file[name]) for name in file.files}
     except FileNotFoundError:
         raise InputError(f"{path}: is missing") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile) as error:  # what zipfile meets in flags
         raise InputError(f"{path}: is damaged: {error}") from error

@@ -234,7 +234,7 @@ def test_several_settings_need_a_name(run, described, tmp_path):
 
 def test_weights_for_each_resolution_export_too_and_some_methods_have_none(spec, described, tmp_path):
     """The method's own count of the path, in batches of the whole half, differs by its statistics alone."""
-    found = search(tmp_path / "unshared", spec, method="spos-unshared-all")
+    found = search(tmp_path / "unshared", spec, method="spos-unshared-all", epochs=4)
     config = described(tmp_path / "unshared", "0-1-0-0-1-2-1", from_supernet=True)
     assert (config["architecture"], config["stage_depths"]) == ("0-1-0-0-1-2-1", None)
     assert config["weights"]["supernet"] is None
@@ -252,6 +252,42 @@ def test_weights_for_each_resolution_export_too_and_some_methods_have_none(spec,
     with pytest.raises(bmsn.InputError, match=r"names no supernet for architecture \[5,1,1\]: .* in 0\.\.0"):
         described(tmp_path / "small", "5,1,1", from_supernet=True)
     assert described(tmp_path / "small", "5,1,1", from_supernet=True, supernet=0)["stage_depths"] == [5, 1, 1]
+
+
+def test_the_weights_are_those_that_were_scored(spec, described, tmp_path, monkeypatch):
+    """Averaged where the search averaged; before adaptation, and it says so."""
+    search(tmp_path / "averaged", spec, supernets=1, fast_eval=True, average_last=1.0)
+    exported = []
+    monkeypatch.setattr(bmsn.exporting, "write_network", lambda folder, network, config: exported.append(network))
+    bmsn.run_export(
+        bmsn.ExportConfig(run=tmp_path / "averaged", architecture="2,3,2", from_supernet=True, out=tmp_path / "out")
+    )
+    state = CheckpointStore(tmp_path / "averaged" / "checkpoints").load_latest()[1]["loop"]["method"]
+    indices, _ = split_halves(DATA.train_labels, 0)
+    calibration, pixels = normalised(DATA.train_images[indices], indices), DATA.test_images.transpose(0, 3, 1, 2) / 255
+    logits = []
+    with torch.no_grad():
+        for rows in (state["average"]["arena"], state["arena"]):
+            nets = bmsn.SupernetMixture(SPACE, 1, 4)
+            nets.load_state_dict({"arena": rows, "_extra_state": nets.pixel_table})
+            network = bmsn.network_from_supernet(nets, CHOSEN, 0, calibration)
+            logits.append(network(normalised(DATA.test_images, indices)))
+        found = exported[0].cpu()(torch.from_numpy(pixels).float())
+    torch.testing.assert_close(found, logits[0], rtol=1e-4, atol=1e-4)
+    assert (logits[1] - logits[0]).abs().max() > 0.1  # the case does tell them apart
+
+    monkeypatch.setattr(bmsn.exporting, "write_network", lambda folder, network, config: dict(config))
+    search(tmp_path / "adapted", spec, supernets=1, fast_eval=True, adapt=3)
+    text = described(tmp_path / "adapted", "2,3,2", from_supernet=True)["weights"]["text"]
+    assert text.endswith("before the 3 steps of adaptation after which the search scored it")
+
+
+def test_weights_that_no_step_trained_are_refused(spec, described, tmp_path):
+    """Architectures of the space never pool before layer 1 by 2 steps; a random layer would be exported in silence."""
+    search(tmp_path / "unshared", spec, method="spos-unshared", epochs=4)
+    assert described(tmp_path / "unshared", "3,2,2", from_supernet=True)["accuracy"]["total"] == 64
+    with pytest.raises(bmsn.InputError, match=r"trained 0-2-2-2-2-2-2 in layer 1 at its resolution: python -m bmsn.re"):
+        described(tmp_path / "unshared", "0-2-2-2-2-2-2", from_supernet=True)
 
 
 # Bad input. -----------------------------------------------------------------------------------------------------------

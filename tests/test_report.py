@@ -249,6 +249,15 @@ def test_method_that_ranks_in_its_own_way_and_finds_a_path(tmp_path: Path) -> No
     assert "Ranked by the shares." in page.text
 
 
+def test_accuracies_after_adaptation_are_called_so(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", SPACE)
+    assert "a copy of the supernet trains" not in report(run).text
+    content = json.loads((run / "result.json").read_text())
+    content["config"]["adapt"] = 5
+    (run / "result.json").write_text(json.dumps(content))
+    assert "a copy of the supernet trains 5 steps with that architecture alone." in report(run).text
+
+
 def test_method_that_scores_nothing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", SPACE, accuracy=[None] * 15, method={"ranked_by": "MACs", "estimate": "MACs"})
     (run / "metrics.jsonl").unlink()

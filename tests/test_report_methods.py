@@ -190,6 +190,16 @@ def test_unfinished_run_has_what_is_recorded(tmp_path: Path) -> None:
     assert captions(report(run)) == {"probability"}
 
 
+def test_tree_without_a_visit_is_left_out(tmp_path: Path) -> None:
+    """As of a search whose loss was not finite from the first step on."""
+    run = write_run(tmp_path / "run", SPACE, num_supernets=1, finished=False)
+    sizes = [len(wave) for wave in SPACE.prefix_tree()]
+    record = {"kind": "tree", "step": 5, "visits": [[0] * n for n in sizes], "reward": [[None] * n for n in sizes]}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    assert captions(report(run)) == set()
+
+
 def test_unfinished_run_within_macs_has_the_right_names(tmp_path: Path) -> None:
     """The mixture numbers those that the limit left: of 15, 8 of at most 0.9x."""
     run = write_run(tmp_path / "run", SPACE, finished=False)

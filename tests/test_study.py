@@ -102,6 +102,17 @@ def test_the_baseline_is_named_as_the_setting_is(study, flags, capsys):
     assert "tau-b less spos" in capsys.readouterr().out
 
 
+def test_labels_hold_whatever_the_settings_say(study):
+    """Where one rule is enough, it is that of the label."""
+    text = "mixture:adapt=5,rank_by=mean,label=adapted,spos,few-shot,macs"
+    config = study.Study(methods=text, budgets="2", truth="paper", settings="score=pairs", out=Path("out")).comparison()
+    assert [spec.label for spec in config.specs] == [
+        "adapted | assigned", "spos | assigned", "few-shot | assigned", "macs | assigned",
+    ]  # fmt: skip
+    for spec in config.specs:
+        assert bmsn.SearchConfig(method=spec.method, score="pairs", **spec.settings).filled().rank_by == "assigned"
+
+
 def test_bad_input(study, flags, capsys):
     assert study.main([*flags, "--baseline", "absent"]) == 2
     assert "baseline must be among mixture:supernets=2 | assigned" in capsys.readouterr().err
