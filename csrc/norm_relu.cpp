@@ -94,41 +94,50 @@ BMSN_CLONES void normalise_chunk(const Chunk& chunk, Shortcut kind, const Branch
     normalise(chunk, kind, main, shortcut, y);
 }
 
-// Mean and rstd of every group out of the chunks' totals (tasks, 3, channels), joined in their order (Chan et al. 1979).
-void join_moments(const Partition& part, std::int64_t groups, const double* totals, double eps, float* mean, float* rstd) {
-    const std::int64_t channels = part.channels;
+// Mean and rstd of every group out of the chunks' totals (tasks, 3, channels), joined in their order (Chan et al. 1979), for
+// the channels of one block: the totals of a wide layer are many, and lie side by side.
+void join_moments(const Partition& part, std::int64_t group, std::int64_t first, std::int64_t count, const double* totals,
+                  double eps, float* mean, float* rstd) {
     const auto rows = static_cast<double>(part.rows);
-    for (std::int64_t g = 0; g < groups; ++g)
-        for (std::int64_t c = 0; c < channels; ++c) {
-            double centre = 0, square = 0;
-            for (std::int64_t k = 0; k < part.chunks; ++k) {
-                const double* const t = totals + (g * part.chunks + k) * 3 * channels + c;
-                centre += t[0] * static_cast<double>(part.num_rows(k)) + t[channels];
-            }
-            centre /= rows;
-            for (std::int64_t k = 0; k < part.chunks; ++k) {
-                const double* const t = totals + (g * part.chunks + k) * 3 * channels + c;
-                const auto n = static_cast<double>(part.num_rows(k));
-                const double off = t[channels] / n, away = t[0] + off - centre;
-                square += t[2 * channels] - t[channels] * off + n * away * away;
-            }
-            mean[g * channels + c] = static_cast<float>(centre);
-            rstd[g * channels + c] = static_cast<float>(1 / std::sqrt(square / rows + eps));
+    const auto total = [&](std::int64_t k) { return totals + (group * part.chunks + k) * 3 * part.channels + first; };
+    double centre[kBlock] = {}, square[kBlock] = {};
+    for (std::int64_t k = 0; k < part.chunks; ++k) {
+        const double *const t = total(k), *const sum = t + part.channels;
+        const auto n = static_cast<double>(part.num_rows(k));
+        for (std::int64_t c = 0; c < count; ++c) centre[c] += t[c] * n + sum[c];
+    }
+    for (std::int64_t c = 0; c < count; ++c) centre[c] /= rows;
+    for (std::int64_t k = 0; k < part.chunks; ++k) {
+        const double *const t = total(k), *const sum = t + part.channels, *const squares = sum + part.channels;
+        const auto n = static_cast<double>(part.num_rows(k));
+        for (std::int64_t c = 0; c < count; ++c) {
+            const double off = sum[c] / n, away = t[c] + off - centre[c];
+            square[c] += squares[c] - sum[c] * off + n * away * away;
         }
+    }
+    for (std::int64_t c = 0; c < count; ++c) {
+        mean[group * part.channels + first + c] = static_cast<float>(centre[c]);
+        rstd[group * part.channels + first + c] = static_cast<float>(1 / std::sqrt(square[c] / rows + eps));
+    }
 }
 
 template <typename T>
 void statistics(const NormShape& shape, const T* x, float* stats, double eps, int threads) {
     const Partition part(shape);
     const auto totals = std::make_unique_for_overwrite<double[]>(part.tasks * 3 * part.channels);
+    const std::int64_t blocks = (part.channels + kBlock - 1) / kBlock;
 #pragma omp parallel num_threads(threads)
     {
         const auto near_mean = std::make_unique_for_overwrite<float[]>(part.channels);
 #pragma omp for schedule(static)
         for (std::int64_t task = 0; task < part.tasks; ++task)
             moments_of(part.chunk(task), x + part.offset(task), near_mean.get(), totals.get() + task * 3 * part.channels);
+#pragma omp for schedule(static)
+        for (std::int64_t block = 0; block < shape.groups * blocks; ++block) {
+            const std::int64_t first = block % blocks * kBlock, count = std::min(part.channels - first, kBlock);
+            join_moments(part, block / blocks, first, count, totals.get(), eps, stats, stats + shape.groups * part.channels);
+        }
     }
-    join_moments(part, shape.groups, totals.get(), eps, stats, stats + shape.groups * part.channels);
 }
 
 template <typename T>

@@ -14,6 +14,7 @@ namespace {
 constexpr std::int64_t kPairs = 2;  // independent sums hide the latency of an addition
 constexpr std::int64_t kBlock = kPair * kPairs;
 constexpr std::int64_t kChunk = 16384;  // values: 32 KiB of bfloat16 stay in the first-level cache between two sweeps
+constexpr std::int64_t kLeastRows = 64;  // of a chunk: a wide layer's totals would otherwise be as large as its map
 
 struct Chunk {
     std::int64_t channels, rows, width;
@@ -23,7 +24,7 @@ struct Chunk {
 struct Partition {
     Partition(const NormShape& shape)
         : channels(shape.channels), rows(shape.rows), width(std::lcm(shape.channels, kBlock)),
-          chunk_rows(std::max<std::int64_t>(1, kChunk / width) * (width / channels)),
+          chunk_rows(std::max((kLeastRows + width / channels - 1) / (width / channels), kChunk / width) * (width / channels)),
           chunks((rows + chunk_rows - 1) / chunk_rows), tasks(shape.groups * chunks) {}
 
     std::int64_t group(std::int64_t task) const { return task / chunks; }
