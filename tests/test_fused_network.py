@@ -35,8 +35,8 @@ def make_case(
     name: str, pool: str, candidate: str, dtype: torch.dtype
 ) -> tuple[SearchSpace, ResolutionPath, nn.Module]:
     """A small network whose BatchNorms have weights, biases and statistics of their own, one weight 0."""
-    # Not narrower: with fewer than 16 channels oneDNN's float32 weight gradient of a strided 1x1 convolution writes past
-    # its memory on two threads (torch 2.13).
+    # Not narrower: with fewer than 16 channels oneDNN's float32 weight gradient of a strided 1x1 convolution writes
+    # past its memory on two threads (torch 2.13).
     space = SearchSpace.named(name, width=0.25, pool=pool)  # type: ignore[arg-type]
     if candidate.startswith("0"):
         path = ResolutionPath(tuple(map(int, candidate.split("-"))))

@@ -15,8 +15,15 @@ from bmsn.ops.norm_relu import EPS, Pool, norm_add_relu, norm_relu
 from oracles import assert_no_worse
 
 # (groups, images of a group, C, H, W): smallest; odd sizes, ragged to the last value; more channels than a block;
-# a chunk and a bit; a ResNet-20 layer
-SHAPES = [(1, 2, 1, 1, 2), (3, 2, 5, 7, 3), (2, 2, 100, 9, 9), (2, 3, 32, 15, 15), (1, 128, 16, 32, 32), (2, 2, 1030, 7, 7)]
+# a chunk and a bit; a ResNet-20 layer; several chunks and blocks of a wide layer
+SHAPES = [
+    (1, 2, 1, 1, 2),
+    (3, 2, 5, 7, 3),
+    (2, 2, 100, 9, 9),
+    (2, 3, 32, 15, 15),
+    (1, 128, 16, 32, 32),
+    (2, 2, 1030, 7, 7),
+]
 KINDS = ["none", "plain", "normalised"]
 POOLS: dict[Pool, Callable[[Tensor, int], Tensor]] = {"max": F.max_pool2d, "avg": F.avg_pool2d}
 DTYPES = [torch.float32, torch.bfloat16]
