@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from itertools import chain
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bmsn.network import SupernetMixture, copy_weights, run_head, run_layer, run_stem
+from bmsn.network import SupernetMixture, copy_weights, resample, run_head, run_layer, run_stem
 from bmsn.ops.norm_relu import EPS, Pool, affine_norm_relu
 from bmsn.paths import ResolutionPath
 from bmsn.space import SearchSpace
@@ -76,10 +75,7 @@ class FusedNetwork:
             # A pooling before the next layer ends this one, as in a supernet.
             pool: Pool | None = kind if kind != "stride" and following > 0 else None
             x = run_layer(x, layer, w, stride=1 + (kind == "stride" and step == 1), pool=pool, norm=norm)
-            if pool is not None and following > 1:
-                x = (F.max_pool2d if pool == "max" else F.avg_pool2d)(x, 2 ** (following - 1))
-            elif following < 0:
-                x = F.interpolate(x, scale_factor=2.0**-following, mode="nearest")
+            x = resample(x, min(following, 0) if pool is None else following - 1, kind)
         return run_head(x, weights)
 
     @torch.no_grad()

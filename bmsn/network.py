@@ -17,7 +17,7 @@ from bmsn.errors import InputError
 from bmsn.ops.conv2d import conv2d
 from bmsn.ops.norm_relu import Pool, norm_add_relu, norm_relu
 from bmsn.paths import ResolutionPath, architecture_path, check_path
-from bmsn.space import Architecture, Convolution, Layer, SearchSpace
+from bmsn.space import Architecture, Convolution, Layer, PoolKind, SearchSpace
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,6 +259,13 @@ def copy_weights(weights: Weights, network: nn.Module) -> None:
     (head,) = (module for module in network.modules() if isinstance(module, nn.Linear))
     head.weight.copy_(weights.head_weight)
     head.bias.copy_(weights.head_bias)
+
+
+def resample(x: Tensor, step: int, pool: PoolKind) -> Tensor:
+    """x (N, C, H, W) halved `step` times by max- or average-pooling, or doubled -step times by repeating pixels."""
+    if step > 0:
+        return (F.max_pool2d if pool == "max" else F.avg_pool2d)(x, 2**step)
+    return F.interpolate(x, scale_factor=2.0**-step, mode="nearest") if step else x
 
 
 def run_head(x: Tensor, weights: Weights) -> Tensor:

@@ -18,6 +18,7 @@ from bmsn.config import SearchConfig
 from bmsn.data import ImageDataset
 from bmsn.run import Interrupted, run_search
 from bmsn.runfolder import read_metrics
+from bmsn.space import SearchSpace
 
 TESTS = Path(__file__).parent
 
@@ -53,6 +54,13 @@ def write_tiny_images(path: Path, **changes: int) -> str:
     arrays = ("train_images", "train_labels", "test_images", "test_labels")
     np.savez(path, **{name: getattr(data, name) for name in arrays})
     return f"npz:{path}"
+
+
+def write_truth(path: Path, space: SearchSpace, missing: str) -> None:
+    """Writes made-up accuracies of all architectures but one."""
+    accuracy = np.random.default_rng(3).uniform(50, 90, len(space))
+    lines = [f"{a.slug},{accuracy[a.index]:.3f}" for a in space if a.slug != missing]
+    path.write_text("\n".join(["stage_depths,accuracy_mean", *lines, ""]))
 
 
 def tiny_flags(spec: str, **changes: object) -> list[str]:

@@ -17,7 +17,7 @@ import pytest
 import bmsn
 from bmsn.compare import main
 from bmsn.comparison_files import TIMINGS
-from searching import write_tiny_images
+from searching import write_tiny_images, write_truth
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
 METHODS = "mixture:supernets=2,spos,mixture:supernets=2,refresh_every=2,label=refreshed,random"
@@ -28,9 +28,7 @@ def folder(tmp_path_factory) -> Path:
     """The images, and a truth that lacks [2,1,4]."""
     folder = tmp_path_factory.mktemp("compare")
     write_tiny_images(folder / "tiny.npz")
-    accuracy = np.random.default_rng(3).uniform(50, 90, len(SPACE))
-    lines = [f"{a.slug},{accuracy[a.index]:.3f}" for a in SPACE if a.slug != "2-1-4"]
-    (folder / "truth.csv").write_text("\n".join(["stage_depths,accuracy_mean", *lines, ""]))
+    write_truth(folder / "truth.csv", SPACE, missing="2-1-4")
     return folder
 
 

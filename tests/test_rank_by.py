@@ -16,7 +16,7 @@ from bmsn.rank_rules import IN_WORDS, RANK_RULES
 from bmsn.ranking import rerank
 from bmsn.run import run_search
 from bmsn.runfolder import read_metrics
-from searching import write_tiny_images
+from searching import write_tiny_images, write_truth
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
 
@@ -26,9 +26,7 @@ def folder(tmp_path_factory):
     """Images, and a truth that lacks [2,1,4]."""
     folder = tmp_path_factory.mktemp("rank_by")
     write_tiny_images(folder / "tiny.npz")
-    accuracy = np.random.default_rng(3).uniform(50, 90, len(SPACE))
-    lines = [f"{a.slug},{accuracy[a.index]:.3f}" for a in SPACE if a.slug != "2-1-4"]
-    (folder / "truth.csv").write_text("\n".join(["stage_depths,accuracy_mean", *lines, ""]))
+    write_truth(folder / "truth.csv", SPACE, missing="2-1-4")
     return folder
 
 

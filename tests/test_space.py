@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,4 +138,4 @@ def test_space_module_needs_no_torch():
     )
     from bmsn import space
 
-    subprocess.run([sys.executable, "-c", code, str(next(iter([space.__file__.rsplit("/", 1)[0]])))], check=True)
+    subprocess.run([sys.executable, "-c", code, str(Path(space.__file__).parent)], check=True)

@@ -121,6 +121,7 @@ def test_bad_input(study, flags, capsys):
 
 
 def test_the_default_settings_are_known(study):
+    """Each is one that a search takes, and changes something that no other does."""
     specs = bmsn.method_spec.parse_methods(study.METHODS)
-    for spec in specs:
-        bmsn.SearchConfig(method=spec.method, **spec.settings).filled()
+    filled = [bmsn.SearchConfig(method=spec.method, **spec.settings).filled().as_dict() for spec in specs]
+    assert all(filled.count(config) == 1 for config in filled)

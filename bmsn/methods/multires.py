@@ -12,12 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from bmsn.network import SupernetMixture, Weights, run_head, run_layer, run_stem
+from bmsn.network import SupernetMixture, Weights, resample, run_head, run_layer, run_stem
 from bmsn.paths import ResolutionPath, num_resolutions
-from bmsn.space import PoolKind
 
 
 def path_places(nets: SupernetMixture, path: ResolutionPath) -> list[tuple[int, slice]]:
@@ -40,13 +38,6 @@ def scatter_path(nets: SupernetMixture, rows: Tensor, path: ResolutionPath, gath
     """Puts a gathered row (P,) back into (R, P) `rows`; what the path does not use stays."""
     for row, columns in path_places(nets, path):
         rows[row, columns] = gathered[columns]
-
-
-def resample(x: Tensor, step: int, pool: PoolKind) -> Tensor:
-    """x (N, C, H, W) halved `step` times by max- or average-pooling, or doubled -step times by repeating pixels."""
-    if step > 0:
-        return (F.max_pool2d if pool == "max" else F.avg_pool2d)(x, 2**step)
-    return F.interpolate(x, scale_factor=2.0**-step, mode="nearest") if step else x
 
 
 def forward_path(nets: SupernetMixture, row: Tensor, images: Tensor, path: ResolutionPath) -> Tensor:
