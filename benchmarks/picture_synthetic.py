@@ -1,4 +1,4 @@
-"""Draws examples of the built-in set: a row for each class, a panel for each variant.
+"""Draws examples of the built-in set, in rows: both classes of stripes, and every third class of squares.
 
 python benchmarks/picture_synthetic.py OUT.png
 """
@@ -14,31 +14,26 @@ matplotlib.use("Agg")  # a file is written, so no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bmsn.data.synthetic import VARIANTS, generate_synthetic
+from bmsn.data.synthetic import PHASES, generate_synthetic
 
-COLUMNS = 6
+COLUMNS = 10
 PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white frame of one pixel round each image
-IMAGES = 400  # enough that every class has COLUMNS of them
+IMAGES = 600  # enough that every class has COLUMNS of them
 
 
 def draw(path: Path, seed: int) -> None:
-    """Write the picture; rows are classes, the variants stand side by side."""
-    sets = [generate_synthetic(variant, IMAGES, 0, seed) for variant in VARIANTS]
-    rows = max(data.num_classes for data in sets)
-    figure, panels = plt.subplots(1, len(sets), figsize=(len(sets) * COLUMNS * 0.8, rows * 0.85), squeeze=False)
-    for panel, data, variant in zip(panels[0], sets, VARIANTS, strict=True):
-        framed = np.pad(data.train_images, PADDING, constant_values=255)
-        lines = [
-            np.concatenate(list(framed[data.train_labels == label][:COLUMNS]), axis=1)
-            for label in range(data.num_classes)
-        ]
-        panel.imshow(np.concatenate(lines), interpolation="nearest")
-        panel.set_title(variant)
-        side = data.image_size + 2
-        panel.set_yticks([side * (label + 0.5) for label in range(data.num_classes)], data.class_names)
-        panel.set_xticks([])
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    """Write the picture."""
+    data = generate_synthetic("default", IMAGES, 0, seed)
+    framed = np.pad(data.train_images, PADDING, constant_values=255)
+    shown = [*range(len(PHASES)), *range(len(PHASES), data.num_classes, 3)]
+    lines = [np.concatenate(framed[data.train_labels == label][:COLUMNS], axis=1) for label in shown]
+    side = data.image_size + 2
+    figure = plt.figure(figsize=(COLUMNS * side / 50, len(shown) * side / 50))  # at 100 dpi two pixels for one
+    panel = figure.add_axes((0, 0, 1, 1))
+    panel.imshow(np.concatenate(lines), interpolation="nearest")
+    panel.set_yticks([side * (row + 0.5) for row in range(len(shown))], [data.class_names[label] for label in shown])
+    panel.set_xticks([])
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
 def main() -> None:

@@ -261,7 +261,7 @@ class FilledConfig(SearchConfig):
 # ("authors").
 
 # The built-in set is small: about a minute on two cores, and batches of 256 would leave too few steps.
-_SYNTHETIC_EPOCHS, _SYNTHETIC_BATCH = 18, 128
+_SYNTHETIC_EPOCHS, _SYNTHETIC_BATCH = 18, 64
 
 
 @dataclass(frozen=True, kw_only=True)

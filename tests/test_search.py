@@ -1,4 +1,4 @@
-"""The search from its command line: result and files, options, presets, bad input, failures on the way."""
+"""The search from its command line: result and files, options, bad input, failures on the way."""
 
 from __future__ import annotations
 
@@ -13,8 +13,6 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-import yaml
-from scipy import stats
 
 import bmsn
 import bmsn.loop
@@ -22,7 +20,6 @@ from bmsn import engine
 from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
-from bmsn.methods.uniform import draw_uniform
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from global_state import unchanged
@@ -184,73 +181,6 @@ def test_public_calls_leave_global_state_alone(spec):
         mixture.observe_and_draw(0, 1, 0.5, 10.0, 3, 0.2)
         bmsn.backend_report()
         result.to_table()
-
-
-# Presets: each value of the published table. --------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("preset", "space", "expected", "procedure"),
-    [
-        ("default", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=1e-3, weight_decay=1e-3, schedule="inverse",
-         balance_every=1, epochs=400, score="best", momentum=0.9),
-         dict(ema_decay=0.9, tol=1e-12, milestones=(), anneal="step")),
-        ("paper", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=0.0, weight_decay=1e-3,
-         schedule="temperature", balance_every=1, epochs=400, score="best"),
-         dict(ema_decay=0.9, tol=1e-4, milestones=(), anneal="step", visits="independent")),
-        ("authors", "resnet20-cifar10", dict(batch_size=128, lr=0.1, min_lr=1e-3, weight_decay=0.0, schedule="inverse",
-         balance_every="epoch", epochs=101, score="pairs"),
-         dict(ema_decay=0.9, tol=1e-4, anneal="epoch", visits="independent")),
-        ("authors", "resnet18-cifar10", dict(epochs=400, weight_decay=5e-3, score="best"),
-         dict(ema_decay=0.95, milestones=(0.5, 0.75), factor=0.1)),
-        ("paper", "resnet50-cifar100", dict(epochs=1000), dict(milestones=(0.24, 0.48, 0.64), factor=0.2)),
-        ("authors", "resnet50-food101", dict(weight_decay=1e-3, lr=0.1), dict(milestones=())),
-    ],
-)  # fmt: skip
-def test_presets_are_the_published_ones(preset, space, expected, procedure):
-    config = SearchConfig(data="cifar10:somewhere", space=space, preset=preset).filled()
-    assert config.supernets == 4
-    assert {name: getattr(config, name) for name in expected} == expected
-    assert {name: getattr(config.procedure, name) for name in procedure} == procedure
-
-
-def test_the_built_in_set_has_settings_of_its_own():
-    config = SearchConfig().filled()
-    assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 128)
-    assert SearchConfig(preset="paper").filled().batch_size == 256
-    assert SearchConfig(supernets=3, batch_size=64).filled().epochs == 54
-
-
-def test_architectures_are_drawn_uniformly():
-    blocks = draw_uniform(15, 15 * 400 + 7, 3, in_blocks=True)
-    assert all(sorted(block) == list(range(15)) for block in blocks[: 15 * 400].reshape(400, 15).tolist())
-    assert len(set(blocks[-7:].tolist())) == 7  # a block that is cut off holds none twice
-    independent = draw_uniform(15, 15 * 400 + 7, 3, in_blocks=False)
-    for drawn in (blocks, independent):
-        assert drawn.shape == (15 * 400 + 7,)
-        firsts = np.bincount(drawn[: 15 * 400 : 15], minlength=15)  # 400 draws of a place in the block
-        assert stats.chisquare(firsts).pvalue > 1e-3
-        assert not np.array_equal(drawn, draw_uniform(15, 15 * 400 + 7, 4, in_blocks=drawn is blocks))
-    assert np.bincount(independent, minlength=15).max() > 410  # where blocks give each exactly 400
-
-
-def test_learning_rate_and_temperature_follow_the_schedules():
-    from bmsn.trainer import learning_rate
-
-    authors = SearchConfig(data="cifar10:x", space="resnet18-cifar10", preset="authors").filled().procedure
-    assert [learning_rate(p, 0.1, 0.0, authors) for p in (0.0, 0.49, 0.5, 0.75)] == pytest.approx(
-        [0.1, 0.1, 0.01, 0.001]
-    )
-    default = SearchConfig().procedure
-    assert [learning_rate(p, 0.1, 1e-3, default) for p in (0.0, 0.5, 1.0)] == pytest.approx([0.1, 0.0505, 1e-3])
-
-
-def test_given_flags_win_over_preset_and_file(tmp_path, capsys):
-    file = tmp_path / "c.yaml"
-    file.write_text("preset: authors\nlr: 0.2\nseed: 3\n")
-    assert main(["--config", str(file), "--seed", "4", "--print-config"]) == 0
-    printed = yaml.safe_load(capsys.readouterr().out)
-    assert (printed["lr"], printed["seed"], printed["batch_size"], printed["supernets"]) == (0.2, 4, 128, 2)
 
 
 # Bad input: found before the first step, named, exit code 2. ----------------------------------------------------------

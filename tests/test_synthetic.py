@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bmsn.data.synthetic import VARIANTS, generate_synthetic
+from bmsn.data.synthetic import DISTANCES, KINDS, VARIANTS, generate_synthetic
 from bmsn.errors import InputError
 
 NUM_TRAIN, NUM_TEST = 4000, 2000
@@ -22,25 +22,27 @@ def test_shapes_and_types(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_classes_are_balanced_and_shuffled(variant):
+def test_kinds_and_their_classes_are_balanced_and_shuffled(variant):
     data = generate_synthetic(variant, 103, 50, seed=103)
+    ends = np.cumsum([len(KINDS[kind]) for kind in VARIANTS[variant]])
+    assert data.num_classes == ends[-1]
     for labels in (data.train_labels, data.test_labels):
-        counts = np.bincount(labels, minlength=data.num_classes)
-        assert len(counts) == data.num_classes
-        assert np.ptp(counts) <= 1
-        assert not np.array_equal(labels, np.arange(len(labels)) % data.num_classes)
+        of_kinds = np.split(np.bincount(labels, minlength=data.num_classes), ends[:-1])
+        assert np.ptp([counts.sum() for counts in of_kinds]) <= 1
+        assert all(np.ptp(counts) <= 1 for counts in of_kinds)
+        assert (np.diff(labels) < 0).any()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_same_arguments_give_the_same_bytes(variant):
-    one, other = (generate_synthetic(variant, 60, 30, seed=107) for _ in range(2))
+    one, other = (generate_synthetic(variant, 70, 30, seed=107) for _ in range(2))
     for field in ("train_images", "train_labels", "test_images", "test_labels"):
         assert np.array_equal(getattr(one, field), getattr(other, field))
 
 
 def test_seeds_variants_and_halves_differ():
     arguments = [("default", 100), ("default", 101), ("fine", 100)]
-    sets = [generate_synthetic(variant, 60, 60, seed=seed) for variant, seed in arguments]
+    sets = [generate_synthetic(variant, 70, 70, seed=seed) for variant, seed in arguments]
     images = [half for data in sets for half in (data.train_images, data.test_images)]
     for i, one in enumerate(images):
         for other in images[i + 1 :]:
@@ -67,10 +69,41 @@ def grey(images: np.ndarray) -> np.ndarray:
     return images.mean(3).reshape(len(images), -1)
 
 
+def test_stripes_are_in_step_or_out_of_step_as_the_label_says():
+    """Read by a template: in each row the difference of even and odd columns, which is largest in the two patches."""
+    data = generate_synthetic("fine", 2000, 0, seed=108)
+    light = data.train_images.astype(np.float64).mean(3)
+    response = ((light - light.mean(2, keepdims=True)) * (-1.0) ** np.arange(32)).sum(2)
+    upper = np.abs(response).argmax(1)
+    rows = np.arange(32)
+    elsewhere = np.where(np.abs(rows - upper[:, None]) >= 3, response, 0)
+    lower = np.abs(elsewhere).argmax(1)
+    images = np.arange(len(light))
+    out_of_step = response[images, upper] * response[images, lower] < 0
+    apart = np.abs(upper - lower)
+    assert (out_of_step == data.train_labels)[apart >= 4].mean() > 0.9
+    assert np.bincount(apart, minlength=23)[4:21].min() > 0  # patches lie near one another and far apart
+
+
+def test_squares_are_as_far_apart_as_the_label_says():
+    """Read by a box filter: its two largest responses."""
+    data = generate_synthetic("coarse", 1000, 0, seed=109)
+    light = data.train_images.astype(np.float64).mean(3)
+    boxes = np.lib.stride_tricks.sliding_window_view(light, (5, 5), axis=(1, 2)).mean((3, 4))
+    right = []
+    for response, label in zip(boxes, data.train_labels, strict=True):
+        first = np.unravel_index(response.argmax(), response.shape)
+        away = np.hypot(*(np.indices(response.shape) - np.array(first)[:, None, None]))
+        second = np.unravel_index(np.where(away >= 5, response, -np.inf).argmax(), response.shape)
+        low, high = DISTANCES[label]
+        right.append(low - 0.5 <= away[second] <= high + 0.5)  # noise moves a response now and then
+    assert np.mean(right) > 0.7
+
+
 @pytest.mark.parametrize(
     ("features", "penalty", "variant"),
-    # The large glyphs are larger than what they are moved by, so a linear classifier on pixels does see them.
-    [*((histograms, 10.0, variant) for variant in VARIANTS), (grey, 3000.0, "fine")],
+    # Squares far apart lie near the border, which a linear classifier on pixels does see.
+    [(histograms, 10.0, "fine"), (histograms, 10.0, "coarse"), (grey, 3000.0, "fine")],
 )
 def test_classes_need_neighbourhoods(features, penalty, variant):
     data = generate_synthetic(variant, NUM_TRAIN, NUM_TEST, seed=105)
@@ -85,7 +118,7 @@ def test_classes_need_neighbourhoods(features, penalty, variant):
     ("arguments", "message"),
     [
         ({"variant": "corse"}, "corse.*default, fine, coarse"),
-        ({"num_train": 3}, "num_train must be at least .*got 3"),
+        ({"num_train": 63}, "num_train must be at least 64; got 63"),
         ({"num_test": -1}, "num_test must be at least 0.*got -1"),
     ],
     ids=["variant", "num_train", "num_test"],

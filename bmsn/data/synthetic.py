@@ -1,24 +1,26 @@
-"""The built-in image set: 32x32 colour images of glyphs that are drawn small or large, so where a CNN pools matters.
+"""The built-in image set: 32x32 colour images whose classes differ in fine detail or in a coarse arrangement.
 
-There are 4 classes, each a pattern of 5x5 cells, 12 of them light and 13 dark. An image shows the glyph of its class
-in one of two sizes, at random places on a noisy, tinted ground:
+- fine, 2 classes: two small patches of upright stripes, each stripe 1 pixel wide, one patch above the other, 2 to 22
+  rows apart; either in step (light above light) or out of step. Halving a map forgets which of two neighbouring
+  columns was the light one, so both patches must be seen by one neuron before the first pooling: the further apart
+  they are, the later that must be.
+- coarse, 16 classes: two light squares of 5x5 pixels, 6 to 7 pixels apart, or 7.5 to 8.5, ... or 28.5 to 29.5. What
+  tells these apart spans the image, and is read best by more than one layer that works on the smallest maps.
 
-- fine: a cell is 1 pixel; 4 glyphs. Detail of 1 pixel: lost where maps are halved before it has been read.
-- coarse: a cell is 5 pixels; 1 glyph, fainter than the noise of its pixels: needs averaging and a wide view.
+`synthetic:fine` has the first kind alone, `synthetic:coarse` the second, the default both in equal parts, with all 18
+classes. Amplitudes, tint, contrast and a ground of 7x7 pixel blotches differ from image to image. How all
+architectures of ResNet-14 do alone: benchmarks/results/.
 
-`synthetic:fine` has the first kind alone, `synthetic:coarse` the second, the default both in equal parts with the
-same classes. Every glyph may be mirrored and has an amplitude of its own, so images range from easy to hopeless;
-tint, contrast and a ground of 7x7 pixel blotches differ from image to image. How all architectures of ResNet-14 do
-alone: benchmarks/results/.
+What must not tell the classes apart is random: where a patch lies, which columns are light in the upper one, and,
+each for itself, where the light columns of a patch are strongest, where the dark ones are, and how strong every single
+column is. Without that, the outline of a patch would tell its phase to those who have pooled it away.
 
 Bytes are a pure function of (variant, sizes, seed): integers from Philox counters and tables, no floating point per
-pixel. The seed changes images, noise and order; glyphs and sizes belong to the set. Training and test part have
-streams of their own.
+pixel. The seed changes images, noise and order. Training and test part have streams of their own.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
@@ -28,32 +30,27 @@ from bmsn.data.dataset import ImageDataset
 from bmsn.errors import InputError
 
 SIZE = 32
-GLYPHS = (
-    "...#. #..## ..#.# #.#.# ##..#",
-    ".##.. #..#. #..#. ##..# #.#.#",
-    "###.# .##.# #...# #.... #...#",
-    "....# .##.# ###.# #.##. .#...",
-)
+PHASES = ("in step", "out of step")
+DISTANCES = tuple((low, low + 1) for low in np.arange(6, 30, 1.5).tolist())  # of two squares' centres, in pixels
+KINDS = {"fine": PHASES, "coarse": tuple(f"{low:g} to {high:g} apart" for low, high in DISTANCES)}  # and their classes
+VARIANTS: dict[str, tuple[str, ...]] = {"default": ("fine", "coarse"), "fine": ("fine",), "coarse": ("coarse",)}
 _GREY, _TINT = 128, 30  # mean grey; largest tint of a channel
-_CONTRAST = (128, 256)  # of glyphs and ground in each channel, in 1/256
-_PIXEL_NOISE, _BLOTCH_NOISE, _COLOUR_NOISE = 30, 10, 5  # standard deviations, grey levels
+_CONTRAST = (128, 256)  # of what is drawn and of the ground, in each channel, in 1/256
+_PIXEL_NOISE, _BLOTCH_NOISE, _COLOUR_NOISE = 20, 8, 5  # standard deviations, grey levels
 _BLOTCH = 7  # pixels on a side
 # Quantiles of the normal distribution in 1/64: a random byte becomes noise by one look-up.
 _NORMAL = np.array([round(64 * NormalDist().inv_cdf((byte + 0.5) / 256)) for byte in range(256)], np.int16)
 
+_STRIPES_AMPLITUDE = (60, 120)
+_PATCH_CENTRE = (46, 78)  # column of the strongest stripe, in quarters of a pixel
+_COLUMN_STRENGTH = (154, 358)  # of one column against its outline, in 1/256
+_OUTLINE = np.array([round(256 * 2.718281828 ** (-((quarters / 14) ** 2) / 2)) for quarters in range(128)], np.int32)
+_ROWS = np.array([3, 35, 155, 256, 155, 35, 3], np.int32)  # a patch from top to bottom, in 1/256: Gaussian
+# Rows between the centres of two patches, by a random byte; near ones are more frequent: with them learning begins.
+_APART = np.array([2 + round(20 * ((byte + 0.5) / 256) ** 2) for byte in range(256)], np.int64)
 
-@dataclass(frozen=True, kw_only=True)
-class Kind:
-    """One way to show a glyph: pixels on a side of a cell, copies in an image, range of amplitudes in grey levels."""
-
-    cell: int
-    copies: int
-    amplitude: tuple[int, int]
-
-
-FINE = Kind(cell=1, copies=4, amplitude=(20, 66))
-COARSE = Kind(cell=5, copies=1, amplitude=(4, 26))
-VARIANTS: dict[str, tuple[Kind, ...]] = {"default": (FINE, COARSE), "fine": (FINE,), "coarse": (COARSE,)}
+_SQUARE = 5  # pixels on a side
+_SQUARE_AMPLITUDE = (70, 120)
 
 
 class _Draws:
@@ -79,19 +76,21 @@ def generate_synthetic(
 
     Args:
         variant: "default", "fine" or "coarse".
-        num_train: training images, at least two a class.
+        num_train: training images, at least two of every class.
         num_test: test images, at least 0.
-        seed: changes images and noise, not the glyphs.
+        seed: changes images and noise.
     Raises:
         InputError: an unknown variant or a value out of range.
     """
     if variant not in VARIANTS:
         raise InputError(f"variant {variant!r} is unknown; accepted: {', '.join(VARIANTS)}")
-    for field, value, low in (("num_train", num_train, 2 * len(GLYPHS)), ("num_test", num_test, 0)):
+    kinds = VARIANTS[variant]
+    least = 2 * len(kinds) * max(len(KINDS[kind]) for kind in kinds)
+    for field, value, low in (("num_train", num_train, least), ("num_test", num_test, 0)):
         if value < low:
             raise InputError(f"{field} must be at least {low}; got {value}")
     (train_images, train_labels), (test_images, test_labels) = (
-        _part(VARIANTS[variant], count, _Draws(seed, f"synthetic/{variant}/{part}"))
+        _part(kinds, count, _Draws(seed, f"synthetic/{variant}/{part}"))
         for part, count in (("train", num_train), ("test", num_test))
     )
     return ImageDataset(
@@ -100,44 +99,89 @@ def generate_synthetic(
         train_labels=train_labels,
         test_images=test_images,
         test_labels=test_labels,
-        class_names=tuple(f"glyph {number}" for number in range(1, len(GLYPHS) + 1)),
+        class_names=tuple(name for kind in kinds for name in KINDS[kind]),
     )
 
 
-def _part(kinds: tuple[Kind, ...], count: int, draws: _Draws) -> tuple[np.ndarray, np.ndarray]:
-    """Images (count, 32, 32, 3) uint8 and labels; counts of (class, kind) differ by at most one."""
+def _part(kinds: tuple[str, ...], count: int, draws: _Draws) -> tuple[np.ndarray, np.ndarray]:
+    """Images (count, 32, 32, 3) uint8 and labels; counts of kinds, and of classes in a kind, differ by at most one."""
     order = np.argsort(draws.integers(0, 2**32 - 1, count), kind="stable")
     place = np.arange(count)[order]
-    labels, kind = place % len(GLYPHS), place // len(GLYPHS) % len(kinds)
     light = _noise(draws, _PIXEL_NOISE, count, SIZE, SIZE)
     blotches = -(-SIZE // _BLOTCH)
     ground = _noise(draws, _BLOTCH_NOISE, count, blotches, blotches)
     light += ground.repeat(_BLOTCH, 1).repeat(_BLOTCH, 2)[:, :SIZE, :SIZE]
-    for number, shown in enumerate(kinds):
-        _add_glyphs(light, np.flatnonzero(kind == number), labels, shown, draws)
+    labels, first = np.empty(count, np.int64), 0
+    for number, kind in enumerate(kinds):
+        shown = np.flatnonzero(place % len(kinds) == number)
+        classes = place[shown] // len(kinds) % len(KINDS[kind])
+        light[shown] += _DRAWN[kind](classes, draws)
+        labels[shown] = first + classes
+        first += len(KINDS[kind])
+    np.clip(light, -127, 127, out=light)
     contrast = draws.integers(*_CONTRAST, 3 * count).astype(np.int16).reshape(count, 1, 1, 3)
-    images = (light[..., None] * contrast) >> 8  # at most 127 * 256 in magnitude: _add_glyphs and noise keep to it
+    images = (light[..., None] * contrast) >> 8  # at most 127 * 256 in magnitude
     images += _noise(draws, _COLOUR_NOISE, count, SIZE, SIZE, 3)
     images += (_GREY + draws.integers(-_TINT, _TINT, 3 * count)).astype(np.int16).reshape(count, 1, 1, 3)
-    return np.clip(images, 0, 255).astype(np.uint8), labels.astype(np.int64)
+    return np.clip(images, 0, 255).astype(np.uint8), labels
 
 
 def _noise(draws: _Draws, deviation: int, *shape: int) -> np.ndarray:
     return (_NORMAL * deviation >> 6)[draws.bytes(*shape)]
 
 
-def _add_glyphs(light: np.ndarray, rows: np.ndarray, labels: np.ndarray, kind: Kind, draws: _Draws) -> None:
-    """Draws the glyphs of images `rows` into `light` (N, 32, 32) int16."""
-    patterns = np.array(
-        [[[1 if cell == "#" else -1 for cell in line] for line in glyph.split()] for glyph in GLYPHS], np.int16
+def _stripes(phases: np.ndarray, draws: _Draws) -> np.ndarray:
+    """Two patches in each image, in step (phase 0) or out of step (1): (N, 32, 32) int16."""
+    count = len(phases)
+    columns = np.arange(SIZE)
+    apart = _APART[draws.bytes(count)]
+    upper = 2 + _below(draws, SIZE - 4 - apart)
+    first_light = draws.integers(0, 1, count)
+    drawn = np.zeros((count, SIZE, SIZE), np.int16)
+    for row, light_column in ((upper, first_light), (upper + apart, first_light ^ phases)):
+        amplitude = draws.integers(*_STRIPES_AMPLITUDE, count).astype(np.int32)[:, None]
+        is_light = (columns + light_column[:, None]) % 2 == 0
+        centre = draws.integers(*_PATCH_CENTRE, 2 * count).reshape(2, count, 1)
+        outline = _OUTLINE[np.abs(4 * columns - np.where(is_light, *centre))]
+        strength = draws.integers(*_COLUMN_STRENGTH, count * SIZE).reshape(count, SIZE).astype(np.int32)
+        stripes = amplitude * (outline * strength >> 8)  # (N, 32), at most 120 * 358
+        beside = columns - row[:, None] + len(_ROWS) // 2
+        height = np.where((beside >= 0) & (beside < len(_ROWS)), _ROWS[np.clip(beside, 0, len(_ROWS) - 1)], 0)
+        patch = (height[:, :, None] * stripes[:, None, :] >> 16).astype(np.int16)
+        drawn += np.where(is_light[:, None, :], patch, -patch)
+    return drawn
+
+
+def _squares(distances: np.ndarray, draws: _Draws) -> np.ndarray:
+    """Two squares in each image, as far apart as DISTANCES[distances] says: (N, 32, 32) int16."""
+    count, margin = len(distances), SIZE - _SQUARE
+    offsets = [
+        (down, right)
+        for down in range(margin + 1)
+        for right in range(-margin, margin + 1)
+        if down > 0 or right > 0  # the two squares are alike: one of each pair of opposite offsets
+    ]
+    offsets = np.array(sorted(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2))
+    squared = (offsets**2).sum(1)
+    starts, ends = (
+        np.searchsorted(squared, [pair[end] ** 2 for pair in DISTANCES], side)
+        for end, side in ((0, "left"), (1, "right"))
     )
-    patterns = patterns.repeat(kind.cell, 1).repeat(kind.cell, 2)
-    patterns = np.stack([patterns, patterns[:, :, ::-1]])  # (mirrored, class, height, width)
-    side, count = patterns.shape[2], len(rows)
-    inside = np.arange(side)
-    for _ in range(kind.copies):
-        glyphs = patterns[draws.integers(0, 1, count), labels[rows]]
-        amplitude = draws.integers(*kind.amplitude, count).astype(np.int16)
-        y, x = (draws.integers(0, SIZE - side, count)[:, None] + inside for _ in range(2))
-        light[rows[:, None, None], y[:, :, None], x[:, None, :]] += glyphs * amplitude[:, None, None]
-    np.clip(light, -127, 127, out=light)
+    offset = offsets[starts[distances] + _below(draws, (ends - starts)[distances])]
+    corner = np.stack([_below(draws, margin + 1 - np.abs(offset[:, axis])) for axis in (0, 1)], axis=1)
+    corner[:, 1] += np.maximum(-offset[:, 1], 0)
+    inside = np.arange(_SQUARE)
+    drawn = np.zeros((count, SIZE, SIZE), np.int16)
+    for y, x in (corner.T, (corner + offset).T):
+        amplitude = draws.integers(*_SQUARE_AMPLITUDE, count).astype(np.int16)
+        rows, columns = y[:, None, None] + inside[:, None], x[:, None, None] + inside
+        drawn[np.arange(count)[:, None, None], rows, columns] = amplitude[:, None, None]
+    return drawn
+
+
+def _below(draws: _Draws, bounds: np.ndarray) -> np.ndarray:
+    """One integer from 0 to below its bound each."""
+    return draws.integers(0, 2**32 - 1, len(bounds)) * bounds >> 32
+
+
+_DRAWN = {"fine": _stripes, "coarse": _squares}
