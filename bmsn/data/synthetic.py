@@ -154,21 +154,15 @@ def _stripes(phases: np.ndarray, draws: _Draws) -> np.ndarray:
 
 def _squares(distances: np.ndarray, draws: _Draws) -> np.ndarray:
     """Two squares in each image, as far apart as DISTANCES[distances] says: (N, 32, 32) int16."""
-    count, margin = len(distances), SIZE - _SQUARE
-    offsets = [
-        (down, right)
-        for down in range(margin + 1)
-        for right in range(-margin, margin + 1)
-        if down > 0 or right > 0  # the two squares are alike: one of each pair of opposite offsets
-    ]
-    offsets = np.array(sorted(offsets, key=lambda offset: offset[0] ** 2 + offset[1] ** 2))
+    count, reach = len(distances), SIZE - _SQUARE
+    down, right = np.mgrid[: reach + 1, -reach : reach + 1].reshape(2, -1)
+    offsets = np.stack([down, right], axis=1)[(down > 0) | (right > 0)]  # one of each pair of opposite ones
     squared = (offsets**2).sum(1)
-    starts, ends = (
-        np.searchsorted(squared, [pair[end] ** 2 for pair in DISTANCES], side)
-        for end, side in ((0, "left"), (1, "right"))
-    )
-    offset = offsets[starts[distances] + _below(draws, (ends - starts)[distances])]
-    corner = np.stack([_below(draws, margin + 1 - np.abs(offset[:, axis])) for axis in (0, 1)], axis=1)
+    order = squared.argsort(kind="stable")
+    low, high = np.square(DISTANCES).T
+    starts, ends = squared[order].searchsorted(low, "left"), squared[order].searchsorted(high, "right")
+    offset = offsets[order][starts[distances] + _below(draws, (ends - starts)[distances])]
+    corner = np.stack([_below(draws, reach + 1 - np.abs(offset[:, axis])) for axis in (0, 1)], axis=1)
     corner[:, 1] += np.maximum(-offset[:, 1], 0)
     inside = np.arange(_SQUARE)
     drawn = np.zeros((count, SIZE, SIZE), np.int16)
