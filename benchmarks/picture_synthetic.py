@@ -1,4 +1,4 @@
-"""Draws examples of the built-in set, in rows: both classes of stripes, and every third class of squares.
+"""Draws examples of the built-in set, in rows: both classes of stripes, and every second class of squares.
 
 python benchmarks/picture_synthetic.py OUT.png
 """
@@ -25,7 +25,7 @@ def draw(path: Path, seed: int) -> None:
     """Write the picture."""
     data = generate_synthetic("default", IMAGES, 0, seed)
     framed = np.pad(data.train_images, PADDING, constant_values=255)
-    shown = [*range(len(PHASES)), *range(len(PHASES), data.num_classes, 3)]
+    shown = [*range(len(PHASES)), *range(len(PHASES), data.num_classes, 2)]
     lines = [np.concatenate(framed[data.train_labels == label][:COLUMNS], axis=1) for label in shown]
     side = data.image_size + 2
     figure = plt.figure(figsize=(COLUMNS * side / 50, len(shown) * side / 50))  # at 100 dpi two pixels for one

@@ -41,8 +41,11 @@ def test_presets_are_the_published_ones(preset, space, expected, procedure):
 def test_the_built_in_set_has_settings_of_its_own():
     config = SearchConfig().filled()
     assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 64)
-    assert SearchConfig(preset="paper").filled().batch_size == 256
-    assert SearchConfig(supernets=3, batch_size=128).filled().epochs == 54
+    assert (config.score, config.rank_by) == ("pairs", "best")
+    paper = SearchConfig(preset="paper").filled()
+    assert (paper.batch_size, paper.score) == (256, "best")
+    other = SearchConfig(supernets=3, batch_size=128, score="best").filled()
+    assert (other.epochs, other.batch_size, other.score, other.rank_by) == (54, 128, "best", "assigned")
 
 
 def test_architectures_are_drawn_uniformly():

@@ -4,10 +4,10 @@
   rows apart; either in step (light above light) or out of step. Halving a map forgets which of two neighbouring
   columns was the light one, so both patches must be seen by one neuron before the first pooling: the further apart
   they are, the later that must be.
-- coarse, 16 classes: two light squares of 5x5 pixels, 6 to 7 pixels apart, or 7.5 to 8.5, ... or 28.5 to 29.5. What
-  tells these apart spans the image, and is read best by more than one layer that works on the smallest maps.
+- coarse, 8 classes: two light squares of 5x5 pixels, 6 to 8 pixels apart, or 9 to 11, ... or 27 to 29. What tells
+  these apart spans the image, and is learnt soonest by more than one layer that works on the smallest maps.
 
-`synthetic:fine` has the first kind alone, `synthetic:coarse` the second, the default both in equal parts, with all 18
+`synthetic:fine` has the first kind alone, `synthetic:coarse` the second, the default both in equal parts, with all 10
 classes. Amplitudes, tint, contrast and a ground of 7x7 pixel blotches differ from image to image. How all
 architectures of ResNet-14 do alone: benchmarks/results/.
 
@@ -31,8 +31,8 @@ from bmsn.errors import InputError
 
 SIZE = 32
 PHASES = ("in step", "out of step")
-DISTANCES = tuple((low, low + 1) for low in np.arange(6, 30, 1.5).tolist())  # of two squares' centres, in pixels
-KINDS = {"fine": PHASES, "coarse": tuple(f"{low:g} to {high:g} apart" for low, high in DISTANCES)}  # and their classes
+DISTANCES = tuple((low, low + 2) for low in range(6, 30, 3))  # of two squares' centres, in pixels
+KINDS = {"fine": PHASES, "coarse": tuple(f"{low} to {high} apart" for low, high in DISTANCES)}  # and their classes
 VARIANTS: dict[str, tuple[str, ...]] = {"default": ("fine", "coarse"), "fine": ("fine",), "coarse": ("coarse",)}
 _GREY, _TINT = 128, 30  # mean grey; largest tint of a channel
 _CONTRAST = (128, 256)  # of what is drawn and of the ground, in each channel, in 1/256
@@ -50,7 +50,7 @@ _ROWS = np.array([3, 35, 155, 256, 155, 35, 3], np.int32)  # a patch from top to
 _APART = np.array([2 + round(20 * ((byte + 0.5) / 256) ** 2) for byte in range(256)], np.int64)
 
 _SQUARE = 5  # pixels on a side
-_SQUARE_AMPLITUDE = (70, 120)
+_SQUARE_AMPLITUDE = (50, 110)
 
 
 class _Draws:
