@@ -73,7 +73,9 @@ def write_run(
 ) -> Path:  # fmt: skip
     """A run folder; without `accuracy` architecture i of C has (i + 1) / (C + 1)."""
     path.mkdir(parents=True)
-    filled = SearchConfig(space=space.name, data="synthetic", supernets=num_supernets, truth=truth).filled()
+    filled = SearchConfig(
+        space=space.name, data="synthetic", supernets=num_supernets, score="best", truth=truth
+    ).filled()
     config = filled.as_dict()
     (path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     lines = [json.dumps(record) for record in make_records(space, num_supernets, steps)]
