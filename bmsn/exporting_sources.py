@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,7 +192,8 @@ def _chosen_network(source: Source, name: str | None) -> tuple[Task, TaskResult]
             "it; --from-supernet exports it without"
         )
     if name is not None:
-        fitting = [(task, trained) for task, trained in found if task.name.startswith(name)]
+        beginning = f"{name}-" if re.search(r"-seed\d+$", name) else name  # seed1 is not how seed10 begins
+        fitting = [(task, trained) for task, trained in found if task.name.startswith(beginning)]
         if not fitting:
             names = ", ".join(task.name for task, _ in found)
             raise InputError(f"network must be one of {names}, or how it begins; got {name}")

@@ -232,6 +232,20 @@ def test_several_settings_need_a_name(run, described, tmp_path):
         described(folder.parent, "2,3,2", network="x")
 
 
+def test_a_seed_is_not_the_beginning_of_another(run, described, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy") / "retrain"
+    result = json.loads((run / "result.json").read_text())
+    images = Images(spec=result["config"]["data"], generator_seed=None, fingerprint=result["data"]["fingerprint"])
+    twentieth = make_task(SPACE, CHOSEN, images, 20, TRAINING)
+    TaskStore(folder).write(twentieth, TaskResult(correct=9, total=36, loss=1.0, seconds=1.0, device="", torch=""))
+    (weights,) = folder.glob("2-3-2-seed1-*.npz")
+    shutil.copy(weights, folder / f"{twentieth.name}.npz")
+
+    assert described(folder.parent, "2,3,2", network="2-3-2-seed20")["weights"]["seed"] == 20
+    with pytest.raises(bmsn.InputError, match="network must be one of"):
+        described(folder.parent, "2,3,2", network="2-3-2-seed2")
+
+
 def test_weights_for_each_resolution_export_too_and_some_methods_have_none(spec, described, tmp_path):
     """The method's own count of the path, in batches of the whole half, differs by its statistics alone."""
     found = search(tmp_path / "unshared", spec, method="spos-unshared-all", epochs=4)
