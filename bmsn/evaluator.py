@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bmsn.errors import InputError
-from bmsn.execution import Norm, run_batches
+from bmsn.execution import Memory, Norm, run_batches
 from bmsn.network import SupernetMixture, check_images
 from bmsn.ops.checks import MAX_GROUP_PIXELS
 from bmsn.plan import CHUNK_BYTES, EvaluationPlan, Pair
@@ -230,7 +230,7 @@ def _run_plan(
 ) -> Tensor:
     """Each pair's correct classifications, (len(pairs),) int64 on the images' device."""
     plan = make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
-    arena = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=images.device)
+    memory = Memory(plan, images.device)
     weights = mixture.weights(mixture.arena, images.dtype)
     correct = torch.zeros(len(pairs), dtype=torch.int64, device=images.device)
     start = 0
@@ -240,6 +240,6 @@ def _run_plan(
         size = batches * batch_size or left
         batch = images[start : start + size].contiguous(memory_format=torch.channels_last)
         groups = 1 if norm.is_frozen else max(1, batches)
-        run_batches(plan, weights, arena, batch, groups, labels[start : start + size], correct, norm, backend)
+        run_batches(plan, weights, memory, batch, groups, labels[start : start + size], correct, norm, backend)
         start += size
     return correct

@@ -7,6 +7,7 @@ of stacked batches. Statistics of BatchNorm come from the batch, or were measure
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
 from bmsn.ops.checks import accumulator_dtype
 from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.conv_scale import conv_scale
-from bmsn.ops.convolution import convolve
+from bmsn.ops.convolution import output_shape
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, PlannedState, Wave
 from bmsn.space import Convolution, Layer, SearchSpace
@@ -45,10 +46,34 @@ class Norm:
         return torch.stack([self._frozen[state.supernet, state.pool_positions, layer, name] for state in run], 1)
 
 
+class Memory:
+    """What a plan computes in: its block of maps between layers, and maps within a layer, kept from one to the next.
+
+    A CPU writes to pages that were never touched at a fraction of its speed, so none are given back in between.
+    """
+
+    def __init__(self, plan: EvaluationPlan, device: torch.device) -> None:
+        self.block = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=device)
+        self._kept: dict[str, Tensor] = {}
+
+    def shrink(self, num_bytes: int) -> None:
+        """Gives back what is kept within layers where that is more than `num_bytes`."""
+        if sum(map(len, self._kept.values())) > num_bytes:
+            self._kept.clear()
+
+    def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """An NCHW map, channels_last; the next one of that name lies where this one does."""
+        images, channels, height, width = shape
+        size = images * channels * height * width * dtype.itemsize
+        if name not in self._kept or len(self._kept[name]) < size:
+            self._kept[name] = torch.empty(size, dtype=torch.uint8)
+        return self._kept[name][:size].view(dtype).view(images, height, width, channels).permute(0, 3, 1, 2)
+
+
 def run_batches(
     plan: EvaluationPlan,
     weights: Weights,
-    arena: Tensor,
+    memory: Memory,
     images: Tensor,
     num_groups: int,
     labels: Tensor,
@@ -61,6 +86,7 @@ def run_batches(
     In every state they are `num_groups` statistics groups, at most `plan.batch_size` images in all.
     """
     for wave in plan.waves:
+        memory.shrink(plan.workspace_bytes(wave))
         source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else images.shape[1:]
         shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
         for run in _runs(wave, mixed=_mixes(images, backend)):
@@ -68,12 +94,13 @@ def run_batches(
             rows = _Rows(weights, [state.supernet for state in run], num_groups, images.device)
 
             def stacked(offset: int | None, shape: tuple[int, ...], num_states: int = num_states) -> Tensor | None:
-                return None if offset is None else _maps(plan, arena, offset, num_states, shape, images)
+                return None if offset is None else _maps(plan, memory.block, offset, num_states, shape, images)
 
             source = images if state.source is None else stacked(state.source, source_shape)
             assert source is not None
             full, pooled = stacked(state.full, shape), stacked(state.pooled, (channels, height // 2, width // 2))
-            ends = _layer(plan.space, wave, run, rows, norm, source, full, pooled, backend)
+            work = _Work(plan.space, wave, run, rows, norm, memory, backend)
+            ends = _layer(work, source, full, pooled)
             if state.pair is not None:
                 places = [state.pair for state in run]
                 correct[places] += head(
@@ -103,13 +130,13 @@ class _Rows:
 
 
 def _maps(
-    plan: EvaluationPlan, arena: Tensor, offset: int, num_states: int, shape: tuple[int, ...], images: Tensor
+    plan: EvaluationPlan, block: Tensor, offset: int, num_states: int, shape: tuple[int, ...], images: Tensor
 ) -> Tensor:
     """The maps of states that begin at byte `offset`, as (num_states * N, C, H, W), channels_last."""
     channels, height, width = shape
     start = offset // plan.batch_size * len(images)  # the last batch may be smaller
     size = num_states * len(images) * height * width * channels * images.element_size()
-    maps = arena[start : start + size].view(images.dtype).view(num_states * len(images), height, width, channels)
+    maps = block[start : start + size].view(images.dtype).view(num_states * len(images), height, width, channels)
     return maps.permute(0, 3, 1, 2)
 
 
@@ -146,91 +173,110 @@ def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool)
     )
 
 
-def _layer(
-    space: SearchSpace,
-    wave: Wave,
-    run: Sequence[PlannedState],
-    rows: _Rows,
-    norm: Norm,
-    x: Tensor,
-    full: Tensor | None,
-    pooled: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """One layer on the stacked states of `run`, each a statistics group; writes their maps, and returns them where no
-    child wants them."""
-    if wave.layer == 0 and rows.weights.stem is not None:
+@dataclass(frozen=True)
+class _Work:
+    """One layer of the stacked states of a run, each a statistics group, and what computes it."""
+
+    space: SearchSpace
+    wave: Wave
+    run: Sequence[PlannedState]
+    rows: _Rows
+    norm: Norm
+    memory: Memory
+    backend: str
+
+    @property
+    def layer(self) -> Layer:
+        return self.space.layers[self.wave.layer]
+
+    def weight(self, name: str) -> Tensor:
+        return self.rows(self.rows.weights.layers[self.wave.layer][name])
+
+    def stride(self, conv: Convolution) -> int:
+        return 1 + self.wave.strides if conv.stage == "at" else 1
+
+    def known(self, name: str) -> Tensor:
+        return self.norm.known(self.run, self.wave.layer, name)
+
+    def keep(self, name: str, stats: Tensor | None) -> None:
+        self.norm.keep(self.run, self.wave.layer, name, stats)
+
+
+def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
+    """Writes the states' maps, and returns them where no child wants them."""
+    rows, backend = work.rows, work.backend
+    if work.wave.layer == 0 and rows.weights.stem is not None:
         x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
-        if norm.is_frozen:
-            stats = norm.known(run, wave.layer, "stem")
+        if work.norm.is_frozen:
+            stats = work.known("stem")
         else:
             stats = batch_statistics(x, rows.num_groups, backend=backend)
-            norm.keep(run, wave.layer, "stem", stats)
+            work.keep("stem", stats)
         bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
-    compute = _scaled if norm.is_frozen and _mixes(x, backend) else _normed
-    y, stats, shortcut, shortcut_stats = compute(space.layers[wave.layer], wave, run, rows, norm, x, backend)
+    compute = _scaled if work.norm.is_frozen and _mixes(x, backend) else _normed
+    y, stats, shortcut, shortcut_stats = compute(work, x)
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(
         y, stats, shortcut, shortcut_stats,
-        full=full, pooled=pooled, pool="avg" if space.pool == "avg" else "max", backend=backend,
+        full=full, pooled=pooled, pool="avg" if work.space.pool == "avg" else "max", backend=backend,
     )  # fmt: skip
     return y
 
 
-def _normed(
-    layer: Layer, wave: Wave, run: Sequence[PlannedState], rows: _Rows, norm: Norm, x: Tensor, backend: str
-) -> ConvBn:
-    """The layer's convolutions, each followed by its statistics, up to what `bn_add_relu_pool` takes."""
-    w = {name: rows(weight) for name, weight in rows.weights.layers[wave.layer].items()}
+def _normed(work: _Work, x: Tensor) -> ConvBn:
+    """The layer's convolutions, each with its statistics, up to what `bn_add_relu_pool` takes."""
+    layer, frozen, num_groups = work.layer, work.norm.is_frozen, work.rows.num_groups
 
-    def conv(conv: Convolution, x: Tensor, stats: Tensor | None, shortcut_weight: Tensor | None = None) -> ConvBn:
-        stride = 1 + wave.strides if conv.stage == "at" else 1
-        if norm.is_frozen:
-            if stats is not None:
-                bn_add_relu_pool(x, stats, full=x, backend=backend)
-            y = convolve(x, w[conv.name], rows.num_groups, rows.of_groups, stride)
-            return ConvBn(y, norm.known(run, wave.layer, conv.name), None, None)
+    def place(conv: Convolution) -> str:  # a convolution's input lies where the one before wrote it
+        return "shortcut" if conv == layer.shortcut else f"main {layer.main.index(conv) % 2}"
+
+    def conv(conv: Convolution, x: Tensor, stats: Tensor | None, rider: Convolution | None = None) -> ConvBn:
+        stride, together = work.stride(conv), [conv] if rider is None else [conv, rider]
+        weights = [work.weight(one.name) for one in together]
+        into = []
+        if x.device.type == "cpu":
+            shapes = [output_shape(x, weight, stride) for weight in weights]
+            into = [work.memory.scratch(*a, x.dtype) for a in zip(map(place, together), shapes, strict=True)]
         found = conv_bn(
-            x, w[conv.name], rows.num_groups, stats=stats, overwrite=stats is not None, weight_index=rows.of_groups,
-            stride=stride, shortcut_weight=shortcut_weight, backend=backend,
+            x, weights[0], num_groups, stats=stats, overwrite=stats is not None, weight_index=work.rows.of_groups,
+            stride=stride, shortcut_weight=weights[1] if rider else None, measure=not frozen, into=into,
+            backend=work.backend,
         )  # fmt: skip
-        norm.keep(run, wave.layer, conv.name, found.stats)
-        norm.keep(run, wave.layer, "shortcut", found.shortcut_stats)
-        return found
+        of_y = [work.known(one.name) if frozen else stats for one, stats in zip(together, found[1::2], strict=False)]
+        for one, own in zip(together, of_y, strict=True):
+            work.keep(one.name, own)
+        return found._replace(stats=of_y[0], shortcut_stats=of_y[1] if rider else None)
 
     first, *others = layer.main
-    # the projection, with the first convolution
-    rides = layer.kind == "basic" and layer.shortcut is not None and not norm.is_frozen
-    y, stats, shortcut, shortcut_stats = conv(first, x, None, w["shortcut"] if rides else None)
-    if layer.shortcut is not None and not rides:
+    rider = layer.shortcut if layer.kind == "basic" else None  # the projection, with the first convolution
+    y, stats, shortcut, shortcut_stats = conv(first, x, None, rider)
+    if layer.shortcut is not None and rider is None:
         shortcut, shortcut_stats, *_ = conv(layer.shortcut, x, None)
     elif layer.shortcut is None and layer.kind != "stem":
-        shortcut = _identity(x, 1 + wave.strides)
+        shortcut = _identity(x, 1 + work.wave.strides)
     for step in others:
         y, stats, *_ = conv(step, y, stats)
     return ConvBn(y, stats, shortcut, shortcut_stats)
 
 
-def _scaled(
-    layer: Layer, wave: Wave, run: Sequence[PlannedState], rows: _Rows, norm: Norm, x: Tensor, backend: str
-) -> ConvBn:
+def _scaled(work: _Work, x: Tensor) -> ConvBn:
     """The same with frozen statistics by kernels of ours: what `bn_add_relu_pool` takes is normalised already."""
+    layer, rows = work.layer, work.rows
 
     def conv(conv: Convolution, x: Tensor, relu: bool = False) -> Tensor:
-        mean, scale = norm.known(run, wave.layer, conv.name)
-        weight = rows(rows.weights.layers[wave.layer][conv.name])
+        mean, scale = work.known(conv.name)
         return conv_scale(
-            x, weight, rows.num_groups, scale=scale, shift=-mean * scale, relu=relu,
-            weight_index=rows.of_groups, stride=1 + wave.strides if conv.stage == "at" else 1, backend=backend,
+            x, work.weight(conv.name), rows.num_groups, scale=scale, shift=-mean * scale, relu=relu,
+            weight_index=rows.of_groups, stride=work.stride(conv), backend=work.backend,
         )  # fmt: skip
 
     shortcut = None
     if layer.shortcut is not None:
         shortcut = conv(layer.shortcut, x)
     elif layer.kind != "stem":
-        shortcut = _identity(x, 1 + wave.strides)
+        shortcut = _identity(x, 1 + work.wave.strides)
     for step in layer.main[:-1]:
         x = conv(step, x, relu=True)
     y = conv(layer.main[-1], x)

@@ -10,9 +10,11 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "augment.h"
 #include "balance.h"
+#include "conv_forward.h"
 #include "conv_gradient.h"
 #include "cross_entropy.h"
 #include "norm_relu.h"
@@ -173,6 +175,32 @@ void bind_conv_gradient(py::module_& m) {
     m.def("conv_weight_gradient", call, py::call_guard<py::gil_scoped_release>());
 }
 
+// Addresses (0: not there) come from bmsn.ops.convolution, which has checked dtypes, shapes and layout and made the outputs.
+void bind_conv_forward(py::module_& m) {
+    using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
+    // kernel, channels, weight, sets, elements between them, transposed, y, its statistics
+    using Branch = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, bool, std::uintptr_t, std::uintptr_t>;
+    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t weight_index,
+                         const std::vector<Branch>& given, double eps, int threads) {
+        const auto [groups, images, height, width, in_channels] = shape;
+        const auto* const index = reinterpret_cast<const std::int32_t*>(weight_index);
+        std::vector<bmsn::ConvBranch> branches;
+        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y] : given) {
+            for (std::int64_t g = 0; index && g < groups; ++g)
+                if (index[g] < 0 || index[g] >= sets)
+                    throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " + std::to_string(index[g]));
+            branches.push_back({kernel, channels, reinterpret_cast<const std::uint16_t*>(weight), sets, set_stride, transposed,
+                                reinterpret_cast<std::uint16_t*>(y), reinterpret_cast<float*>(of_y)});
+        }
+        const py::gil_scoped_release nogil;
+        bmsn::conv_forward({groups, images, height, width, in_channels, reinterpret_cast<const std::uint16_t*>(x),
+                            reinterpret_cast<const float*>(stats), index},
+                           branches, eps, threads);
+    };
+    m.def("has_conv_forward", &bmsn::has_conv_forward);
+    m.def("conv_forward", call);
+}
+
 // Addresses come from bmsn.ops.cross_entropy, which has checked dtypes, shapes and layout and made the outputs.
 void bind_cross_entropy(py::module_& m) {
     const auto call = [](const std::tuple<std::int64_t, std::int64_t>& shape, std::uintptr_t logits, std::uintptr_t labels,
@@ -211,6 +239,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "C++ backend of bmsn.";
     bind_augment(m);
     bind_balance(m);
+    bind_conv_forward(m);
     bind_conv_gradient(m);
     bind_cross_entropy(m);
     bind_norm_relu(m);

@@ -11,6 +11,7 @@ Source: Ioffe & Szegedy 2015, alg. 1 without the affine step; Javan et al. 2023,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,16 @@ from bmsn.ops.checks import (
     group_shape,
     loaded_extension,
 )
-from bmsn.ops.convolution import check_convolution, check_weight, convolve, empty_map, output_shape
+from bmsn.ops.convolution import (
+    Branch,
+    check_convolution,
+    check_weight,
+    convolve,
+    convolve_cpp,
+    empty_map,
+    has_cpp_convolution,
+    output_shape,
+)
 from bmsn.ops.norm_relu import EPS
 
 torch.library.define(
@@ -43,7 +53,8 @@ class ConvBn(NamedTuple):
 
     Attributes:
         y: (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x: the convolution, not normalised.
-        stats: (2, G, O) float32 (float64 for float64): mean and rstd of y, for each group and channel.
+        stats: (2, G, O) float32 (float64 for float64): mean and rstd of y, for each group and channel; no elements where
+            they are not wanted.
         shortcut: like y, of the shortcut's convolution; None where there is none.
         shortcut_stats: like stats, of `shortcut`.
     """
@@ -64,6 +75,8 @@ def conv_bn(
     weight_index: Tensor | None = None,
     stride: int = 1,
     shortcut_weight: Tensor | None = None,
+    measure: bool = True,
+    into: Sequence[Tensor] = (),
     backend: str = "auto",
 ) -> ConvBn:
     """Convolves every group with its weight set and returns the output with its statistics. Forward only.
@@ -79,7 +92,11 @@ def conv_bn(
             None: 0 for all.
         stride: 1 or 2.
         shortcut_weight: (S, O, I, 1, 1), like `weight`: a 1x1 convolution of the same input with the same stride.
-        backend: auto, reference, cpp (oneDNN convolves, C++ does the rest) or triton.
+        measure: whether the statistics of y and of the shortcut are wanted.
+        into: memory for y and for the shortcut, which may be returned: it spares our CPU kernel pages that were never
+            touched, to which a CPU writes at a fraction of its speed.
+        backend: auto, reference, cpp (one kernel of ours, or oneDNN convolves and C++ does the rest: see
+            `bmsn.ops.convolution`) or triton.
     Returns:
         See `ConvBn`. Sums in float32; statistics of the stored values, or of those before rounding. NaN propagates.
     Raises:
@@ -91,13 +108,20 @@ def conv_bn(
     if shortcut_weight is not None:
         check_weight("shortcut_weight", shortcut_weight, x, (*weight.shape[:3], 1, 1))
     shape = output_shape(x, weight, stride)
-    check_group_values(shape[0] // num_groups * shape[2] * shape[3])
+    if measure:
+        check_group_values(shape[0] // num_groups * shape[2] * shape[3])
     chosen = _resolve("conv_bn", x, backend)
-    if chosen == "cpp" and stats is not None and overwrite:
-        bn_add_relu_pool(x, stats, full=x, backend=chosen)
+    weights = (weight,) if shortcut_weight is None else (weight, shortcut_weight)
+    if chosen == "cpp" and _is_fused(x, weights, stride, stats):
+        return _as_conv_bn(_fused_cpp(x, weights, num_groups, stats, weight_index, measure, into))
+    if stats is not None and not (measure and chosen != "cpp"):  # a pass of its own
+        x = _normalised(x, stats, chosen, x if overwrite else None)
         stats = None
+    if not measure:
+        maps = [convolve(x, w, num_groups, weight_index, stride) for w in weights]
+        return _as_conv_bn([t for y in maps for t in (y, _empty_stats(x, 0, y.shape[1]))])
     out = torch.ops.bmsn.conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, chosen)
-    return ConvBn(out[0], out[1], *((out[2], out[3]) if len(out) == 4 else (None, None)))
+    return _as_conv_bn(out)
 
 
 def batch_statistics(x: Tensor, num_groups: int, *, backend: str = "auto") -> Tensor:
@@ -156,6 +180,38 @@ def _statistics_cpp(x: Tensor, num_groups: int) -> Tensor:
     return stats
 
 
+def _as_conv_bn(out: Sequence[Tensor]) -> ConvBn:
+    return ConvBn(out[0], out[1], *((out[2], out[3]) if len(out) == 4 else (None, None)))
+
+
+def _is_fused(x: Tensor, weights: Sequence[Tensor], stride: int, stats: Tensor | None) -> bool:
+    """Whether C++ normalises, convolves and takes statistics at once."""
+    return all(has_cpp_convolution(x, w, stride) for w in weights) and (stats is None or x.shape[1] % 16 == 0)
+
+
+def _fused_cpp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    num_groups: int,
+    stats: Tensor | None,
+    weight_index: Tensor | None,
+    measure: bool = True,
+    into: Sequence[Tensor] = (),
+) -> list[Tensor]:
+    maps = into or [empty_map(x, w, 1) for w in weights]
+    stats_out = [_empty_stats(x, num_groups if measure else 0, w.shape[1]) for w in weights]
+    branches = [Branch(*branch) for branch in zip(weights, maps, stats_out, strict=True)]
+    convolve_cpp(x, branches, num_groups, stats=stats, weight_index=weight_index)
+    return [tensor for pair in zip(maps, stats_out, strict=True) for tensor in pair]
+
+
+def _normalised(x: Tensor, stats: Tensor, backend: str, to: Tensor | None = None) -> Tensor:
+    """relu((x - mean) * rstd), in `to` or in memory of its own."""
+    to = torch.empty_like(x) if to is None else to
+    bn_add_relu_pool(x, stats, full=to, backend=backend)
+    return to
+
+
 def _resolve(op: str, x: Tensor, backend: str) -> str:
     available = ("reference",) if x.dtype == torch.float64 else None
     return resolve(op, backend, available, x.device)
@@ -196,12 +252,13 @@ def _conv_bn_impl(
     if backend == "reference":
         return conv_bn_reference(x, weight, num_groups, stats, weight_index, stride, shortcut_weight)
     if backend == "cpp":
+        weights = (weight,) if shortcut_weight is None else (weight, shortcut_weight)
+        if _is_fused(x, weights, stride, stats):
+            return _fused_cpp(x, weights, num_groups, stats, weight_index)
         if stats is not None:
-            normalised = torch.empty_like(x)
-            bn_add_relu_pool(x, stats, full=normalised, backend=backend)
-            x = normalised
+            x = _normalised(x, stats, backend)
         found = []
-        for w in (weight,) if shortcut_weight is None else (weight, shortcut_weight):
+        for w in weights:
             y = convolve(x, w, num_groups, weight_index, stride)
             found += [y, _statistics_cpp(y, num_groups)]
         return found

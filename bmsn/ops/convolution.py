@@ -1,13 +1,26 @@
-"""What the convolving ops share: their checks, the shape of what they return, torch's own convolution."""
+"""What the convolving ops share: their checks, the shape of what they return, torch's own convolution and ours.
+
+Ours is a 3x3 convolution in bfloat16 for CPUs with AVX512-BF16, which normalises what it loads and takes statistics of
+what it stores. On a Zen 5 it has 570 to 840 GFLOP/s on two cores at 16 to 128 channels, oneDNN's without any of that
+360 to 770, and the passes that it spares are half of a block's time. Where a CPU has AMX, oneDNN's is taken.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bmsn.backend import extension
 from bmsn.errors import InputError
-from bmsn.ops.checks import check_feature_map, check_groups, check_rows, check_weight_index
+from bmsn.ops.checks import check_feature_map, check_groups, check_rows, check_weight_index, loaded_extension
+from bmsn.ops.norm_relu import EPS
+
+MAX_CHANNELS = 128  # up to which ours was measured to pay
 
 
 def check_convolution(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> None:
@@ -52,3 +65,75 @@ def convolve(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | 
         row = weight.index_select(0, weight_index[g : g + 1])[0]
         out.copy_(F.conv2d(group, row, stride=stride, padding=padding))
     return y
+
+
+def has_cpp_convolution(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
+    """Whether the C++ kernel has this convolution.
+
+    Args:
+        x: (B, I, H, W), W a multiple of 4, I at most `MAX_CHANNELS`.
+        weight: (..., O, I, k, k), k 1 or 3, O a multiple of 16 and at most `MAX_CHANNELS`; both bfloat16, channels_last.
+        stride: of the convolution, 1.
+    """
+    outputs, inputs, *kernel = weight.shape[-4:]
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.bfloat16
+        and kernel in ([1, 1], [3, 3])
+        and stride == 1
+        and x.shape[3] % 4 == outputs % 16 == 0
+        and max(inputs, outputs) <= MAX_CHANNELS
+        and x.numel() > 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _has_kernel()
+    )
+
+
+@functools.cache
+def _has_kernel() -> bool:
+    module = extension()
+    return module is not None and module.has_conv_forward() and not torch.cpu._is_amx_tile_supported()
+
+
+class Branch(NamedTuple):
+    """One of the convolutions that read the same map.
+
+    Attributes:
+        weight: (S, O, I, k, k), as `has_cpp_convolution` wants it.
+        y: (B, O, H, W), bfloat16, channels_last: gets the result.
+        stats: (2, G, O) float32, contiguous: gets mean and rstd of y; None or no elements: not wanted.
+        transposed: the map is the gradient of a convolution's output, (B, O, H, W), and y, (B, I, H, W), gets that of its
+            input; then I is the multiple of 16, and O even.
+    """
+
+    weight: Tensor
+    y: Tensor
+    stats: Tensor | None = None
+    transposed: bool = False
+
+
+def convolve_cpp(
+    x: Tensor,
+    branches: Sequence[Branch],
+    num_groups: int = 1,
+    *,
+    stats: Tensor | None = None,
+    weight_index: Tensor | None = None,
+) -> None:
+    """The C++ kernel, for what `has_cpp_convolution` accepts; x, num_groups, stats and weight_index as in `conv_bn`.
+
+    With stats, the channels of x are a multiple of 16.
+    """
+
+    def address(tensor: Tensor | None) -> int:
+        return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
+
+    loaded_extension().conv_forward(
+        (num_groups, len(x) // num_groups, x.shape[2], x.shape[3], x.shape[1]),
+        *(x.data_ptr(), address(stats), address(weight_index)),
+        [
+            (w.shape[-1], y.shape[1], w.data_ptr(), len(w), w.stride(0), transposed, y.data_ptr(), address(of_y))
+            for w, y, of_y, transposed in branches
+        ],
+        *(EPS, torch.get_num_threads()),
+    )

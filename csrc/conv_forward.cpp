@@ -1,0 +1,287 @@
+#include "conv_forward.h"
+
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#define BMSN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define BMSN_BF16_INLINE inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512bf16")))
+
+namespace bmsn {
+namespace {
+
+using Half = std::uint16_t;
+using Bits = std::uint32_t;  // the same pixel of two neighbouring channels
+
+constexpr std::int64_t kLanes = 16, kQuad = 4;  // pixels are taken by the four of a row
+constexpr std::int64_t kFrame = 16384;          // bytes of an image's rows that are computed at a time, so that they stay in L1
+
+struct Free {
+    void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
+};
+template <typename T>
+using Buffer = std::unique_ptr<T[], Free>;
+template <typename T>
+Buffer<T> make_buffer(std::int64_t size) {
+    return Buffer<T>(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), std::align_val_t{64})));
+}
+
+// (all lanes of a mask, because GCC 12 warns of the plain intrinsics' undefined ones)
+constexpr __mmask16 kAll = 0xffff;
+
+BMSN_BF16_INLINE __m512i load_low(const Half* from) {
+    return _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+}
+
+BMSN_BF16_INLINE __m512i load_high(const Half* from) { return _mm512_maskz_slli_epi32(kAll, load_low(from), 16); }
+
+BMSN_BF16_INLINE void narrow(Half* to, __m512 x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+}
+
+std::int64_t pairs_of(std::int64_t channels) { return (channels + 1) / 2; }
+
+// Weights of a block of 32 outputs (at the end perhaps 16) as the tiles read them: taps, pairs of inputs, outputs.
+BMSN_BF16 void pack(const ConvBranch& branch, std::int64_t in, const Half* weight, std::int64_t o, std::int64_t block, Bits* to) {
+    const std::int64_t taps = branch.kernel * branch.kernel, out = branch.channels;
+    const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i rows = _mm512_mullo_epi32(places, _mm512_set1_epi32(static_cast<int>(taps * in / 2)));
+    for (std::int64_t tap = 0; tap < taps; ++tap)
+        for (std::int64_t i = 0; i < in; i += 2)
+            for (std::int64_t k = o; k < o + block; k += kLanes, to += kLanes) {
+                if (branch.transposed) {
+                    const Half* const from = weight + (i * taps + taps - 1 - tap) * out + k;
+                    _mm512_store_si512(to, _mm512_or_si512(load_low(from), load_high(from + taps * out)));
+                } else if (in % 2 == 0) {
+                    const Half* const from = weight + (k * taps + tap) * in + i;
+                    _mm512_store_si512(to, _mm512_mask_i32gather_epi32(places, kAll, rows, from, 4));
+                } else {
+                    for (std::int64_t lane = 0; lane < kLanes; ++lane) {
+                        const Half* const from = weight + ((k + lane) * taps + tap) * in + i;
+                        to[lane] = from[0] | (i + 1 < in ? static_cast<Bits>(from[1]) << 16 : 0);
+                    }
+                }
+            }
+}
+
+// Rows `first` to `last` of an image and one on either side, 0 outside of it, into a frame whose first and last column are 0:
+// (last - first + 2, width + 2, pairs). Normalised if that is asked for.
+BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, const float* rstd, std::int64_t first,
+                    std::int64_t last, Half* frame) {
+    const std::int64_t in = input.channels, pixel = 2 * pairs_of(in), size = input.width * in, line = input.width * pixel;
+    Half* to = frame + pixel;
+    for (std::int64_t row = first - 1; row <= last; ++row, to += line + 2 * pixel) {
+        const Half* const from = x + row * size;
+        if (row < 0 || row == input.height) {
+            std::fill_n(to, line, Half{0});
+        } else if (mean) {
+            for (std::int64_t c = 0; c < in; c += kLanes) {
+                const __m512 m = _mm512_loadu_ps(mean + c), r = _mm512_loadu_ps(rstd + c);
+                for (std::int64_t p = c; p < size; p += in) {
+                    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(load_high(from + p)), m), r);
+                    narrow(to + p, _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), normed));  // a NaN stays
+                }
+            }
+        } else if (in == pixel) {
+            std::memcpy(to, from, static_cast<std::size_t>(size) * sizeof(Half));
+        } else {
+            for (std::int64_t p = 0; p < input.width; ++p) std::copy_n(from + p * in, in, to + p * pixel);
+        }
+    }
+}
+
+// Some rows of one image: of how many pixels, where their frame lies and where their results go. `moments` (3, out): a value
+// of the image, the sum of all others' distances from it, and of their squares; null: not wanted.
+struct Rows {
+    std::int64_t width, quads, pairs, out;
+    const Bits* frame;
+    Half* y;
+    float* moments;
+    bool is_first;
+};
+
+// kQuads quads of pixels, N vectors of outputs from `o` on. kPairs: the pairs of inputs where the compiler shall know them.
+template <int N, int kQuads, int kKernel, bool kMeasured, int kPairs>
+BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t quad, std::int64_t o, __m512 (&moments)[3][N]) {
+    constexpr int kPixels = kQuads * kQuad;
+    const std::int64_t pairs = kPairs ? kPairs : rows.pairs, pitch = (rows.width + 2) * pairs, quads = rows.width / kQuad;
+    const Bits* from[kQuads];
+    for (int q = 0; q < kQuads; ++q) {
+        from[q] = rows.frame + (quad + q) / quads * pitch + (quad + q) % quads * kQuad * pairs;
+        if (kKernel == 1) from[q] += pitch + pairs;
+    }
+    __m512 sum[kPixels][N];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) sum[p][n] = _mm512_setzero_ps();
+    for (std::int64_t line = 0; line < kKernel; ++line)
+        for (std::int64_t tap = 0; tap < kKernel; ++tap) {
+            const Bits* at[kQuads];
+            for (int q = 0; q < kQuads; ++q) at[q] = from[q] + line * pitch + tap * pairs;
+            for (std::int64_t c = 0; c < pairs; ++c, weight += N * kLanes) {
+                __m512bh w[N];
+#pragma GCC unroll 2
+                for (int n = 0; n < N; ++n) w[n] = (__m512bh)_mm512_load_si512(weight + n * kLanes);
+#pragma GCC unroll 16
+                for (int p = 0; p < kPixels; ++p) {
+                    const auto x = (__m512bh)_mm512_set1_epi32(static_cast<int>(at[p / kQuad][p % kQuad * pairs + c]));
+#pragma GCC unroll 2
+                    for (int n = 0; n < N; ++n) sum[p][n] = _mm512_dpbf16_ps(sum[p][n], x, w[n]);
+                }
+            }
+        }
+    if (kMeasured && rows.is_first && quad == 0)
+        for (int n = 0; n < N; ++n) moments[0][n] = sum[0][n];
+#pragma GCC unroll 16
+    for (int p = 0; p < kPixels; ++p)
+#pragma GCC unroll 2
+        for (int n = 0; n < N; ++n) {
+            narrow(rows.y + (quad * kQuad + p) * rows.out + o + n * kLanes, sum[p][n]);
+            if constexpr (kMeasured) {
+                const __m512 d = _mm512_sub_ps(sum[p][n], moments[0][n]);
+                moments[1][n] = _mm512_add_ps(moments[1][n], d);
+                moments[2][n] = _mm512_fmadd_ps(d, d, moments[2][n]);
+            }
+        }
+}
+
+template <int N, int kKernel, bool kMeasured, int kPairs>
+BMSN_BF16_INLINE void add_outputs(const Rows& rows, const Bits* weight, std::int64_t o) {
+    constexpr int kQuads = N == 1 ? 4 : 2;  // 16 sums: enough to hide a product's latency
+    const std::int64_t whole = rows.quads - rows.quads % kQuads;
+    __m512 moments[3][N];
+    if constexpr (kMeasured)
+        for (int m = 0; m < 3; ++m)
+            for (int n = 0; n < N; ++n)
+                moments[m][n] = rows.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(rows.moments + m * rows.out + o + n * kLanes);
+    for (std::int64_t q = 0; q < whole; q += kQuads) tile<N, kQuads, kKernel, kMeasured, kPairs>(rows, weight, q, o, moments);
+    for (std::int64_t q = whole; q < rows.quads; ++q) tile<N, 1, kKernel, kMeasured, kPairs>(rows, weight, q, o, moments);
+    if constexpr (kMeasured)
+        for (int m = 0; m < 3; ++m)
+            for (int n = 0; n < N; ++n) _mm512_storeu_ps(rows.moments + m * rows.out + o + n * kLanes, moments[m][n]);
+}
+
+template <int kKernel, bool kMeasured, int kPairs>
+BMSN_BF16 void convolve_rows(const Rows& rows, const Bits* weight) {
+    const std::int64_t size = kKernel * kKernel * rows.pairs;
+    std::int64_t o = 0;
+    for (; o + 2 * kLanes <= rows.out; o += 2 * kLanes) add_outputs<2, kKernel, kMeasured, kPairs>(rows, weight + o * size, o);
+    if (o < rows.out) add_outputs<1, kKernel, kMeasured, kPairs>(rows, weight + o * size, o);
+}
+
+template <int kKernel, bool kMeasured>
+constexpr auto convolver(std::int64_t pairs) {
+    return pairs == 8    ? convolve_rows<kKernel, kMeasured, 8>
+           : pairs == 16 ? convolve_rows<kKernel, kMeasured, 16>
+           : pairs == 32 ? convolve_rows<kKernel, kMeasured, 32>
+                         : convolve_rows<kKernel, kMeasured, 0>;
+}
+
+// A branch with its weights packed, (sets, blocks, taps, pairs, outputs), and the moments of every image.
+struct Prepared {
+    ConvBranch branch;
+    std::int64_t set_size;
+    Buffer<Bits> weights;
+    Buffer<float> moments;
+    void (*convolve)(const Rows&, const Bits*);
+
+    Prepared(const ConvBranch& branch, const ConvInput& input)
+        : branch(branch),
+          set_size(branch.kernel * branch.kernel * pairs_of(input.channels) * branch.channels),
+          weights(make_buffer<Bits>(branch.sets * set_size)),
+          moments(make_buffer<float>(branch.stats ? input.groups * input.images * 3 * branch.channels : 0)),
+          convolve(branch.kernel == 3 ? (branch.stats ? convolver<3, true> : convolver<3, false>)(pairs_of(input.channels))
+                                      : (branch.stats ? convolver<1, true> : convolver<1, false>)(pairs_of(input.channels))) {}
+};
+
+// Mean and rstd of a group from the moments of its images, in float64, image after image.
+void join(const ConvInput& input, const Prepared& prepared, std::int64_t group, double eps) {
+    const std::int64_t out = prepared.branch.channels;
+    const auto pixels = static_cast<double>(input.height * input.width);
+    std::vector<double> mean(static_cast<std::size_t>(out)), squares(static_cast<std::size_t>(out));
+    const float* from = prepared.moments.get() + group * input.images * 3 * out;
+    for (std::int64_t n = 0; n < input.images; ++n, from += 3 * out) {
+        const double share = 1.0 / static_cast<double>(n + 1), between = pixels * static_cast<double>(n) * share;
+        for (std::int64_t c = 0; c < out; ++c) {
+            const double beyond = from[out + c] / pixels, delta = from[c] + beyond - mean[c];
+            mean[c] += delta * share;
+            squares[c] += from[2 * out + c] - from[out + c] * beyond + delta * delta * between;
+        }
+    }
+    for (std::int64_t c = 0; c < out; ++c) {
+        const double variance = squares[c] / (pixels * static_cast<double>(input.images));
+        prepared.branch.stats[group * out + c] = static_cast<float>(mean[c]);
+        prepared.branch.stats[(input.groups + group) * out + c] =
+            static_cast<float>(1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps));
+    }
+}
+
+}  // namespace
+
+bool has_conv_forward() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+
+void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, double eps, int threads) {
+    const std::int64_t in = input.channels, images = input.groups * input.images, pairs = pairs_of(in);
+    const std::int64_t line = (input.width + 2) * pairs;  // of the frame, in Bits
+    const std::int64_t height = std::clamp<std::int64_t>(kFrame / 4 / line - 2, 1, input.height);
+    std::vector<Prepared> all;
+    for (const ConvBranch& branch : branches) all.emplace_back(branch, input);
+#pragma omp parallel num_threads(threads)
+    {
+        for (const Prepared& one : all) {
+            const std::int64_t blocks = (one.branch.channels + 2 * kLanes - 1) / (2 * kLanes), taps = one.branch.kernel * one.branch.kernel;
+#pragma omp for schedule(static)
+            for (std::int64_t item = 0; item < one.branch.sets * blocks; ++item) {
+                const std::int64_t set = item / blocks, o = item % blocks * 2 * kLanes;
+                pack(one.branch, in, one.branch.weight + set * one.branch.set_stride, o,
+                     std::min(2 * kLanes, one.branch.channels - o), one.weights.get() + set * one.set_size + o * taps * pairs);
+            }
+        }
+        const auto frame = make_buffer<Bits>((height + 2) * line);
+        std::fill_n(frame.get(), (height + 2) * line, Bits{0});
+#pragma omp for schedule(static)
+        for (std::int64_t n = 0; n < images; ++n) {
+            const std::int64_t g = n / input.images;
+            const float* const mean = input.stats ? input.stats + g * in : nullptr;
+            const float* const rstd = input.stats ? input.stats + (input.groups + g) * in : nullptr;
+            for (std::int64_t first = 0; first < input.height; first += height) {
+                const std::int64_t last = std::min(first + height, input.height);
+                load(input, input.x + n * input.height * input.width * in, mean, rstd, first, last,
+                     reinterpret_cast<Half*>(frame.get()));
+                for (const Prepared& one : all) {
+                    const std::int64_t out = one.branch.channels;
+                    Half* const y = one.branch.y + (n * input.height + first) * input.width * out;
+                    float* const moments = one.branch.stats ? one.moments.get() + n * 3 * out : nullptr;
+                    one.convolve({input.width, (last - first) * input.width / kQuad, pairs, out, frame.get(), y, moments, first == 0},
+                                 one.weights.get() + (input.weight_index ? input.weight_index[g] : 0) * one.set_size);
+                }
+            }
+        }
+        for (const Prepared& one : all)
+            if (one.branch.stats) {
+#pragma omp for schedule(static)
+                for (std::int64_t g = 0; g < input.groups; ++g) join(input, one, g, eps);
+            }
+    }
+}
+
+}  // namespace bmsn
+
+#else
+
+namespace bmsn {
+
+bool has_conv_forward() { return false; }
+void conv_forward(const ConvInput&, std::span<const ConvBranch>, double, int) {}
+
+}  // namespace bmsn
+
+#endif
