@@ -244,10 +244,14 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
             stride=stride, shortcut_weight=weights[1] if rider else None, measure=not frozen, into=into,
             backend=work.backend,
         )  # fmt: skip
-        of_y = [work.known(one.name) if frozen else stats for one, stats in zip(together, found[1::2], strict=False)]
-        for one, own in zip(together, of_y, strict=True):
-            work.keep(one.name, own)
-        return found._replace(stats=of_y[0], shortcut_stats=of_y[1] if rider else None)
+        if frozen:
+            return ConvBn(
+                *(found.y, work.known(conv.name)), *(found.shortcut, None if rider is None else work.known(rider.name))
+            )
+        work.keep(conv.name, found.stats)
+        if rider is not None:
+            work.keep(rider.name, found.shortcut_stats)
+        return found
 
     first, *others = layer.main
     rider = layer.shortcut if layer.kind == "basic" else None  # the projection, with the first convolution

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.backend import extension
-from bmsn.ops import conv2d as module
+from bmsn.ops import convolution as module
 from bmsn.ops.conv2d import conv2d, has_cpp_gradient
 from oracles import assert_no_worse
 from stacked import channels_last, random_map
@@ -17,14 +17,14 @@ cpp = extension()
 needs_instructions = pytest.mark.skipif(
     cpp is None or not cpp.has_conv_weight_gradient(), reason="bmsn._C was not built, or no AVX512-BF16"
 )
-# images, in, out, H, W: one pair of pixels; one row; more images than parts, uneven; several blocks; ResNet-20's
-SHAPES = [(1, 16, 16, 1, 2), (3, 16, 32, 1, 6), (37, 16, 16, 5, 4), (5, 48, 64, 7, 10), (16, 32, 32, 16, 16)]
+# images, in, out, H, W: one quad of pixels; one row; more images than parts, uneven; several blocks; ResNet-20's
+SHAPES = [(1, 16, 16, 1, 4), (3, 16, 32, 1, 8), (37, 16, 16, 5, 4), (5, 48, 64, 7, 12), (16, 32, 32, 16, 16)]
 
 
 @pytest.fixture(autouse=True)
 def without_amx(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where oneDNN has AMX ours is not taken, but tested."""
-    monkeypatch.setattr(module, "_supported", lambda: cpp is not None and cpp.has_conv_weight_gradient())
+    monkeypatch.setattr(module, "_has_kernel", lambda: cpp is not None and cpp.has_conv_forward())
 
 
 def make_inputs(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,10 +53,24 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...]) -> None:
     oracle = gradients(torchs, *(t.double() for t in inputs))
     eager = gradients(torchs, *inputs)
     found = gradients(lambda x, w: conv2d(x, w, backend="cpp"), *inputs)
-    assert torch.equal(found[0], eager[0])
-    assert torch.equal(found[1], eager[1])
-    assert found[2].is_contiguous(memory_format=torch.channels_last)
-    assert_no_worse(found[2], eager=eager[2], oracle=oracle[2])
+    for ours, theirs, wide in zip(found, eager, oracle, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert_no_worse(ours, eager=theirs, oracle=wide)
+
+
+@needs_instructions
+@pytest.mark.parametrize(("inputs", "outputs", "kernel"), [(3, 16, 3), (16, 32, 1), (48, 96, 3)])
+def test_what_is_not_ours_of_a_convolution_is_torchs(inputs: int, outputs: int, kernel: int) -> None:
+    x, grad = (random_map(4, c, 6, 8, seed=c, dtype=torch.bfloat16) for c in (inputs, outputs))
+    weight = random_map(outputs, inputs, kernel, kernel, seed=2, dtype=torch.bfloat16)
+    assert not has_cpp_gradient(x, weight)
+
+    def theirs(x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, padding=kernel // 2)
+
+    oracle, eager = (gradients(theirs, *(t.to(dtype) for t in (x, weight, grad))) for dtype in (torch.double, x.dtype))
+    for ours, plain, wide in zip(gradients(conv2d, x, weight, grad), eager, oracle, strict=True):
+        assert_no_worse(ours, eager=plain, oracle=wide)
 
 
 @needs_instructions

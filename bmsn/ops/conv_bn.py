@@ -53,8 +53,8 @@ class ConvBn(NamedTuple):
 
     Attributes:
         y: (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x: the convolution, not normalised.
-        stats: (2, G, O) float32 (float64 for float64): mean and rstd of y, for each group and channel; no elements where
-            they are not wanted.
+        stats: (2, G, O) float32 (float64 for float64): mean and rstd of y, for each group and channel; no elements
+            where they are not wanted.
         shortcut: like y, of the shortcut's convolution; None where there is none.
         shortcut_stats: like stats, of `shortcut`.
     """

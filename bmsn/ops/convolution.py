@@ -72,7 +72,8 @@ def has_cpp_convolution(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
 
     Args:
         x: (B, I, H, W), W a multiple of 4, I at most `MAX_CHANNELS`.
-        weight: (..., O, I, k, k), k 1 or 3, O a multiple of 16 and at most `MAX_CHANNELS`; both bfloat16, channels_last.
+        weight: (..., O, I, k, k), k 1 or 3, O a multiple of 16 and at most `MAX_CHANNELS`. Both are bfloat16, and lie
+            with the channels last, which is checked of x alone.
         stride: of the convolution, 1.
     """
     outputs, inputs, *kernel = weight.shape[-4:]
@@ -102,8 +103,8 @@ class Branch(NamedTuple):
         weight: (S, O, I, k, k), as `has_cpp_convolution` wants it.
         y: (B, O, H, W), bfloat16, channels_last: gets the result.
         stats: (2, G, O) float32, contiguous: gets mean and rstd of y; None or no elements: not wanted.
-        transposed: the map is the gradient of a convolution's output, (B, O, H, W), and y, (B, I, H, W), gets that of its
-            input; then I is the multiple of 16, and O even.
+        transposed: the map is the gradient of a convolution's output, (B, O, H, W), and y, (B, I, H, W), gets that of
+            its input; then I is the multiple of 16, and O even.
     """
 
     weight: Tensor

@@ -1,0 +1,198 @@
+"""The C++ convolution under conv_bn and conv2d: against float64, between guards, by threads, where it is not taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bmsn.backend import extension
+from bmsn.ops import convolution as module
+from bmsn.ops.conv_bn import conv_bn
+from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
+from bmsn.ops.norm_relu import EPS
+from oracles import assert_no_worse
+from stacked import assert_guards_hold, channels_last, guarded, random_map, random_rows
+
+cpp = extension()
+pytestmark = pytest.mark.skipif(
+    cpp is None or not cpp.has_conv_forward(), reason="bmsn._C was not built, or no AVX512-BF16"
+)
+# groups, images, I, O, H, W, k: one row of one quad; a stem; rows that end within a tile; an odd block of 16 outputs;
+# several strips of rows; inputs that no loop is compiled for; ResNet-20's; 1x1
+SHAPES = [
+    (1, 2, 16, 16, 1, 4, 3),
+    (2, 2, 3, 16, 8, 8, 3),
+    (3, 2, 16, 32, 5, 4, 3),
+    (2, 1, 32, 48, 7, 12, 3),
+    (1, 2, 64, 16, 37, 20, 3),
+    (2, 2, 50, 32, 4, 8, 3),
+    (2, 3, 64, 64, 8, 8, 3),
+    (3, 2, 16, 32, 8, 8, 1),
+    (1, 2, 96, 128, 3, 4, 1),
+]
+WITH_STATS = [shape for shape in SHAPES if shape[2] % 16 == 0]
+
+
+@pytest.fixture(autouse=True)
+def without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Where oneDNN has AMX ours is not taken, but tested."""
+    monkeypatch.setattr(module, "_has_kernel", lambda: True)
+    num_threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(num_threads)
+
+
+def make_case(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, three weight sets, which of them each group takes, and what x is normalised by."""
+    groups, images, i, o, height, width, kernel = shape
+    x = random_map(groups * images, i, height, width, seed=1, dtype=torch.bfloat16)
+    weight = random_rows(3, o, i, kernel, kernel, seed=2, dtype=torch.bfloat16)
+    index = torch.tensor([2, 0, 1][:groups], dtype=torch.int32)
+    stats = torch.stack([random_rows(groups, i, seed=3), 0.5 + random_rows(groups, i, seed=4).abs()]).contiguous()
+    return x, weight, index, stats
+
+
+def plainly(x: Tensor, weight: Tensor, index: Tensor, stats: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """y, its mean and its rstd, in the dtype of x; what goes into the convolution is bfloat16 as in the kernel."""
+    maps = []
+    for g, part in enumerate(x.chunk(len(index))):
+        if stats is not None:
+            mean, rstd = (s[g][:, None, None] for s in stats)
+            part = ((part.float() - mean) * rstd).relu().bfloat16().to(x.dtype)
+        maps.append(F.conv2d(part, weight[index[g]].to(x.dtype), padding=weight.shape[-1] // 2))
+    found = [torch.var_mean(y, (0, 2, 3), correction=0) for y in maps]
+    mean, variance = torch.stack([m for _, m in found]), torch.stack([v for v, _ in found])
+    return torch.cat(maps), mean, (variance + EPS).rsqrt()
+
+
+@pytest.mark.parametrize("normalises", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_error_is_at_most_twice_eager(shape: tuple[int, ...], normalises: bool) -> None:
+    x, weight, index, stats = make_case(shape)
+    if normalises and shape not in WITH_STATS:
+        pytest.skip("normalises 16 channels at a time")
+    assert has_cpp_convolution(x, weight)
+    given = stats if normalises else None
+    found = conv_bn(x, weight, len(index), stats=given, weight_index=index, backend="cpp")
+    oracle = plainly(x.double(), weight, index, given)
+    eager = plainly(x, weight, index, given)
+    assert_no_worse(found.y, eager=eager[0], oracle=oracle[0])
+    for ours, theirs, wide in zip(found.stats, eager[1:], oracle[1:], strict=True):
+        assert_no_worse(ours, eager=theirs.float(), oracle=wide)
+
+
+@pytest.mark.parametrize("shape", WITH_STATS, ids=str)
+def test_two_convolutions_of_one_map_are_those_of_each(shape: tuple[int, ...]) -> None:
+    x, weight, index, stats = make_case(shape)
+    projection = random_rows(3, weight.shape[1], shape[2], 1, 1, seed=6, dtype=torch.bfloat16)
+    both = conv_bn(x, weight, len(index), stats=stats, weight_index=index, shortcut_weight=projection, backend="cpp")
+    for w, y, of_y in ((weight, both.y, both.stats), (projection, both.shortcut, both.shortcut_stats)):
+        alone = conv_bn(x, w, len(index), stats=stats, weight_index=index, backend="cpp")
+        assert torch.equal(y, alone.y)
+        assert torch.equal(of_y, alone.stats)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_every_tap_and_channel_is_where_it_belongs(shape: tuple[int, ...]) -> None:
+    """Small integers: exact in any order. Forward, and the other way round, which is the gradient of the input."""
+    groups, images, i, o, height, width, kernel = shape
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(-1, 2, (o, i, kernel, kernel), generator=generator).double()
+    x = torch.randint(-1, 2, (groups * images, i, height, width), generator=generator).double().requires_grad_()
+    y = F.conv2d(x, weight, padding=kernel // 2)
+    grad = torch.randint(-1, 2, y.shape, generator=generator).double()
+    y.backward(grad)
+    narrow = channels_last(weight.bfloat16())[None]
+
+    def rounded(wanted: Tensor) -> Tensor:
+        return wanted.bfloat16().double()
+
+    found = torch.empty_like(channels_last(y.bfloat16()))
+    convolve_cpp(channels_last(x.detach().bfloat16()), [Branch(narrow, found)])
+    assert torch.equal(found.double(), rounded(y.detach()))
+    if i % 16 == 0:
+        dx = torch.empty_like(channels_last(x.detach().bfloat16()))
+        convolve_cpp(channels_last(grad.bfloat16()), [Branch(narrow, dx, transposed=True)])
+        assert torch.equal(dx.double(), rounded(x.grad))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...]) -> None:
+    """Every buffer lies between guards of NaN: read, one spoils a result; written, it is NaN no longer."""
+    x, weight, index, stats = make_case(shape)
+    given = stats if shape in WITH_STATS else None
+    wanted = conv_bn(x, weight, len(index), stats=given, weight_index=index, backend="cpp")
+    y, of_y = guarded(wanted.y, poison=True), guarded(wanted.stats, poison=True)
+    given = None if given is None else guarded(given)
+    convolve_cpp(
+        guarded(x), [Branch(guarded(weight), y, of_y)], len(index), stats=given, weight_index=guarded(index)
+    )  # fmt: skip
+    assert torch.equal(y, wanted.y)
+    assert torch.equal(of_y, wanted.stats)
+    assert_guards_hold(y=y, stats=of_y)
+
+
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    x, weight, index, stats = make_case((3, 5, 32, 64, 12, 8, 3))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(conv_bn(x, weight, 3, stats=stats, weight_index=index, backend="cpp"))
+    for other in results[1:]:
+        assert torch.equal(other.y, results[0].y)
+        assert torch.equal(other.stats, results[0].stats)
+
+
+def test_statistics_survive_a_large_mean() -> None:
+    """262,144 values a channel, mean 1000, variance 1: their squares in float32 leave no digit of the variance."""
+    noise = torch.randn(64, 64, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(64, 2, 64, 64)
+    x[:, 0], x[:, 1] = 1000, noise
+    x = channels_last(x.bfloat16())
+    weight = torch.ones(1, 16, 1, 1, 2, dtype=torch.bfloat16).permute(0, 1, 4, 2, 3)
+    mean, rstd = conv_bn(x, weight, 1, backend="cpp").stats.double()
+    oracle = x[:, 1].double()
+    torch.testing.assert_close(mean, (1000 + oracle.mean()).expand(1, 16), rtol=1e-6, atol=0)
+    torch.testing.assert_close(rstd, (oracle.var(correction=0) + EPS).rsqrt().expand(1, 16), rtol=1e-4, atol=0)
+
+
+def test_nan_stays_in_its_pixels_and_group() -> None:
+    x, weight, index, stats = make_case((2, 2, 16, 16, 6, 8, 3))
+    x[3, 5, 2, 4] = torch.nan
+    found = conv_bn(x, weight, 2, stats=stats, weight_index=index, backend="cpp")
+    assert found.y[3, :, 1:4, 3:6].isnan().all()
+    assert found.y.isnan().sum() == 16 * 9
+    assert found.stats[:, 1].isnan().all()
+    assert not found.stats[:, 0].isnan().any()
+
+
+def test_memory_may_be_given_and_statistics_left_out() -> None:
+    x, weight, index, stats = make_case((2, 2, 16, 16, 6, 8, 3))
+    wanted = conv_bn(x, weight, 2, stats=stats, weight_index=index, backend="cpp")
+    into = torch.empty_like(wanted.y)
+    found = conv_bn(x, weight, 2, stats=stats, weight_index=index, into=[into], measure=False, backend="cpp")
+    assert found.y is into
+    assert torch.equal(found.y, wanted.y)
+    assert found.stats.numel() == 0
+
+
+def test_a_weight_set_that_is_not_there() -> None:
+    x, weight, _, stats = make_case((2, 2, 16, 16, 6, 8, 3))
+    with pytest.raises(IndexError, match=r"weight_index must be in 0\.\.2; got 3"):
+        conv_bn(x, weight, 2, stats=stats, weight_index=torch.tensor([0, 3], dtype=torch.int32), backend="cpp")
+
+
+def test_what_it_is_not_for() -> None:
+    x, weight, *_ = make_case((2, 2, 16, 16, 8, 8, 3))
+    assert has_cpp_convolution(x, weight)
+    assert not has_cpp_convolution(x, weight, stride=2)
+    assert not has_cpp_convolution(x.float(), weight.float())
+    assert not has_cpp_convolution(x.contiguous(), weight)
+    assert not has_cpp_convolution(channels_last(x[..., :6]), weight)
+    assert not has_cpp_convolution(x, weight[:, :8])
+    assert not has_cpp_convolution(x, weight.repeat(1, 16, 1, 1, 1))
+    assert not has_cpp_convolution(x, F.pad(weight, (1, 1, 1, 1)))
