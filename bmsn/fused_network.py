@@ -106,10 +106,16 @@ class _Norm:
         self._affine, self._running = affine, running
 
     def __call__(
-        self, x: Tensor, shortcut: Tensor | None = None, *, normalise_shortcut: bool = False, pool: Pool | None = None
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        *,
+        normalise_shortcut: bool = False,
+        stats: Tensor | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
-        y, stats = affine_norm_relu(x, next(self._affine), shortcut, pool=pool)
-        mean, rstd = stats.unbind(1)  # (branches, C)
+        y, found = affine_norm_relu(x, next(self._affine), shortcut, stats=stats, pool=pool)
+        mean, rstd = found.unbind(1)  # (branches, C)
         count = x.numel() // x.shape[1]
         variance = (rstd**-2 - EPS).clamp_(min=0) * (count / (count - 1))  # unbiased
         next(self._running).lerp_(torch.stack((mean, variance), 1), MOMENTUM)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmsn.errors import InputError
-from bmsn.ops.conv2d import conv2d
+from bmsn.ops.conv2d import measured_conv2d
 from bmsn.ops.norm_relu import Pool, norm_add_relu, norm_relu
 from bmsn.paths import ResolutionPath, architecture_path, check_path
 from bmsn.space import Architecture, Convolution, Layer, PoolKind, SearchSpace
@@ -200,25 +200,42 @@ class Norm(Protocol):
     """What comes behind the convolutions of a layer, one after the other: BatchNorm, shortcut, ReLU, pooling."""
 
     def __call__(
-        self, x: Tensor, shortcut: Tensor | None = None, *, normalise_shortcut: bool = False, pool: Pool | None = None
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        *,
+        normalise_shortcut: bool = False,
+        stats: Tensor | None = None,
+        pool: Pool | None = None,
     ) -> Tensor:
         """As `bmsn.ops.norm_relu.norm_add_relu`; without a shortcut as `norm_relu`."""
 
 
 def supernet_norm(
-    x: Tensor, shortcut: Tensor | None = None, *, normalise_shortcut: bool = False, pool: Pool | None = None
+    x: Tensor,
+    shortcut: Tensor | None = None,
+    *,
+    normalise_shortcut: bool = False,
+    stats: Tensor | None = None,
+    pool: Pool | None = None,
 ) -> Tensor:
     """That of a supernet, without an affine step, on one statistics group."""
     if shortcut is None:
-        return norm_relu(x, pool=pool)
-    return norm_add_relu(x, shortcut, normalise_shortcut=normalise_shortcut, pool=pool)
+        return norm_relu(x, stats=stats, pool=pool)
+    return norm_add_relu(x, shortcut, normalise_shortcut=normalise_shortcut, stats=stats, pool=pool)
+
+
+def _together(stats: Tensor | None, *others: Tensor | None) -> Tensor | None:
+    """(2, 1, C) of each branch as (branches, 2, 1, C), if all are known."""
+    known = [of_branch for of_branch in (stats, *others) if of_branch is not None]
+    return torch.stack(known) if len(known) == 1 + len(others) else None
 
 
 def run_stem(images: Tensor, weights: Weights, norm: Norm = supernet_norm) -> Tensor:
     """What comes before layer 0: nothing, or a large stem."""
     if weights.stem is None:
         return images
-    return F.max_pool2d(norm(conv2d(images, weights.stem, stride=2)), 3, 2, 1)
+    return F.max_pool2d(norm(measured_conv2d(images, weights.stem, stride=2)[0]), 3, 2, 1)
 
 
 def run_layer(
@@ -231,19 +248,19 @@ def run_layer(
     norm: Norm = supernet_norm,
 ) -> Tensor:
     """One layer with the convolutions `weights[name]`, and the pooling behind it if the next layer has one."""
-    y = x
+    y, stats = x, None
     for conv in layer.main:
         if conv is not layer.main[0]:
-            y = norm(y)
-        y = conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1)
+            y = norm(y, stats=_together(stats))
+        y, stats = measured_conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1)
     if layer.kind == "stem":
-        return norm(y, pool=pool)
-    projects = layer.shortcut is not None
-    if projects:
-        x = conv2d(x, weights["shortcut"], stride=stride)
-    elif stride == 2:
+        return norm(y, stats=_together(stats), pool=pool)
+    if layer.shortcut is not None:
+        x, of_x = measured_conv2d(x, weights["shortcut"], stride=stride)
+        return norm(y, x, normalise_shortcut=True, stats=_together(stats, of_x), pool=pool)
+    if stride == 2:
         x = x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
-    return norm(y, x, normalise_shortcut=projects, pool=pool)
+    return norm(y, x, stats=_together(stats), pool=pool)
 
 
 @torch.no_grad()

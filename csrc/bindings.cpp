@@ -101,12 +101,12 @@ void bind_augment(py::module_& m) {
 void bind_norm_relu(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;  // groups, rows, channels
     const auto forward = [](const Shape& shape, bool bfloat16, bmsn::Shortcut kind, std::uintptr_t x, std::uintptr_t shortcut,
-                            std::uintptr_t y, std::uintptr_t stats, std::uintptr_t affine, std::uintptr_t index,
+                            std::uintptr_t y, std::uintptr_t stats, bool known, std::uintptr_t affine, std::uintptr_t index,
                             bmsn::Pool pool, std::int64_t width, double eps, int threads) {
         const auto [groups, rows, channels] = shape;
         const auto run = [&]<typename T>(T) {
             const bmsn::NormForward<T> call{reinterpret_cast<const T*>(x), reinterpret_cast<const T*>(shortcut),
-                                            reinterpret_cast<T*>(y),       reinterpret_cast<float*>(stats),
+                                            reinterpret_cast<T*>(y),       reinterpret_cast<float*>(stats), known,
                                             reinterpret_cast<const float*>(affine), reinterpret_cast<std::uint8_t*>(index),
                                             pool, width};
             bmsn::norm_relu({groups, rows, channels}, kind, call, eps, threads);

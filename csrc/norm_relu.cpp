@@ -171,8 +171,8 @@ void apply(const NormShape& shape, Shortcut kind, const NormApply<T>& call, int 
 template <typename T>
 void forward(const NormShape& shape, Shortcut kind, const NormForward<T>& call, double eps, int threads) {
     float* const shortcut_stats = call.stats + 2 * shape.groups * shape.channels;
-    statistics(shape, call.x, call.stats, eps, threads);
-    if (kind == Shortcut::normalised) statistics(shape, call.shortcut, shortcut_stats, eps, threads);
+    if (!call.known) statistics(shape, call.x, call.stats, eps, threads);
+    if (!call.known && kind == Shortcut::normalised) statistics(shape, call.shortcut, shortcut_stats, eps, threads);
     apply<T>(shape, kind,
              {call.x, call.shortcut, call.stats, shortcut_stats, call.affine, call.affine ? call.affine + 2 * shape.channels : nullptr,
               call.index ? nullptr : call.y, call.index ? call.y : nullptr, call.index, call.pool, call.width},

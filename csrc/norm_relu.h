@@ -32,6 +32,7 @@ struct NormForward {
     const T *x, *shortcut;  // shortcut: null without one
     T* y;
     float* stats;
+    bool known;  // whether the statistics are there already
     const float* affine;
     std::uint8_t* index;  // not null: y is the 2x2 pooled map, and this is what `pool_lines` leaves for the backward pass
     Pool pool;

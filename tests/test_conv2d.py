@@ -9,7 +9,8 @@ from torch import Tensor
 
 from bmsn.backend import extension
 from bmsn.ops import convolution as module
-from bmsn.ops.conv2d import conv2d, has_cpp_gradient
+from bmsn.ops.conv2d import conv2d, has_cpp_gradient, measured_conv2d
+from bmsn.ops.conv_bn import batch_statistics
 from oracles import assert_no_worse
 from stacked import channels_last, random_map
 
@@ -156,6 +157,19 @@ def test_other_convolutions_are_torchs(kernel: int, stride: int, backend: str) -
 
 
 @needs_instructions
+def test_statistics_come_with_the_result() -> None:
+    x, weight, _ = make_inputs(SHAPES[4])
+    y, stats = measured_conv2d(x, weight.requires_grad_())
+    assert torch.equal(y, conv2d(x, weight))
+    assert not stats.requires_grad
+    torch.testing.assert_close(stats, batch_statistics(y.detach(), 1), rtol=2e-3, atol=2e-3)
+    assert measured_conv2d(x, weight, stride=2)[1] is None
+
+
+@needs_instructions
 def test_opcheck() -> None:
-    x, _, grad = make_inputs(SHAPES[0])
+    x, weight, grad = make_inputs(SHAPES[0])
+    for measure in (False, True):
+        torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (x, weight, False, measure))
+    torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (grad, weight, True, False))
     torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, grad))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bmsn.backend import extension
 from bmsn.errors import InputError
+from bmsn.ops.conv_bn import batch_statistics
 from bmsn.ops.norm_relu import EPS, Pool, norm_add_relu, norm_relu
 from oracles import assert_no_worse
 
@@ -245,7 +246,7 @@ def test_nothing_is_read_or_written_out_of_bounds(
     stats = guarded(branches * 2 * num_groups * channels, torch.float32)
     groups_rows_channels = (num_groups, size // channels // num_groups, channels)
     call = (groups_rows_channels, dtype == torch.bfloat16, getattr(cpp.Shortcut, kind))
-    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), steps[0], *pooling, EPS, 2)
+    cpp.norm_relu(*call, *(address(t) for t in (x, shortcut, y, stats)), False, steps[0], *pooling, EPS, 2)
     saved = (address(t) for t in (grad, y, x, shortcut, stats))
     cpp.norm_relu_backward(*call, *saved, steps[0], address(dx), address(dshortcut), steps[1], *pooling, 2)
     assert (index[:guard] == 255).all()
@@ -287,12 +288,33 @@ def test_gradcheck(kind: str) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_that_are_known_are_not_taken_again(dtype: torch.dtype) -> None:
+    """The same ones give the same bits, forward and backward; others are used as they are."""
+    inputs = make_inputs((2, 3, 5, 6, 4), dtype)
+    known = torch.stack([batch_statistics(t, 2, backend="cpp") for t in inputs[:2]])
+    results = []
+    for stats in (None, known):
+        x, shortcut = (t.detach().requires_grad_() for t in inputs[:2])
+        y = norm_add_relu(x, shortcut, 2, normalise_shortcut=True, stats=stats, backend="cpp")
+        y.backward(inputs[2])
+        results.append((y, x.grad, shortcut.grad))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    shifted = known[:1].clone()
+    shifted[0, 0] += 1
+    moved = norm_relu(inputs[0] + 1, 2, stats=shifted, backend="cpp")
+    torch.testing.assert_close(moved, norm_relu(inputs[0], 2, backend="cpp"), rtol=0.02, atol=0.02)
+    with pytest.raises(InputError, match=r"stats must be \(1, 2, 2, 5\), contiguous, torch.float32"):
+        norm_relu(inputs[0], 2, stats=known, backend="cpp")
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_opcheck(dtype: torch.dtype) -> None:
     x, shortcut, grad = make_inputs((2, 2, 3, 4, 4), dtype)
     ops = torch.ops.bmsn
     for added, normalise, pool in ((None, False, "max"), (shortcut, False, None), (shortcut, True, "avg")):
         for num_groups, affine in ((2, None), (1, torch.ones(1 + normalise, 2, 3))):
-            arguments = (x, added, affine, num_groups, normalise, pool, "cpp")
+            arguments = (x, added, affine, None, num_groups, normalise, pool, "cpp")
             y, stats, index = ops.norm_relu(*arguments)
             torch.library.opcheck(ops.norm_relu.default, arguments)
             pooled_grad = channels_last(grad[:, :, ::2, ::2]) if pool else grad

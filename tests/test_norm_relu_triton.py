@@ -155,7 +155,7 @@ def test_opcheck(normalise: bool, pool: Pool, num_groups: int) -> None:
     x, shortcut, grad = (t.to(device_for("triton")) for t in make_inputs((2, 2, 3, 4, 4)))
     ops = torch.ops.bmsn
     affine = torch.ones(1 + normalise, 2, 3, device=x.device) if num_groups == 1 else None
-    arguments = (x, shortcut, affine, num_groups, normalise, pool, "triton")
+    arguments = (x, shortcut, affine, None, num_groups, normalise, pool, "triton")
     torch.library.opcheck(ops.norm_relu.default, arguments)
     y, stats, index = ops.norm_relu(*arguments)
     grad = channels_last(grad[:, :, ::2, ::2])

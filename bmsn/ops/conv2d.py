@@ -23,7 +23,9 @@ from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
 
 MAX_CHANNELS = 64  # up to which the weight gradient was measured to pay
 
-torch.library.define("bmsn::conv_forward", "(Tensor x, Tensor weight, bool transposed) -> Tensor")
+torch.library.define(
+    "bmsn::conv_forward", "(Tensor x, Tensor weight, bool transposed, bool measure) -> (Tensor y, Tensor stats)"
+)
 torch.library.define("bmsn::conv_weight_gradient", "(Tensor x, Tensor grad) -> Tensor")
 
 
@@ -38,11 +40,24 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, backend: str = "auto")
     Raises:
         What torch raises.
     """
+    return _run(x, weight, stride, backend, measure=False)[0]
+
+
+def measured_conv2d(
+    x: Tensor, weight: Tensor, *, stride: int = 1, backend: str = "auto"
+) -> tuple[Tensor, Tensor | None]:
+    """`conv2d` and, where they cost nothing, mean and rstd of the result, (2, 1, O) float32; they have no gradient."""
+    return _run(x, weight, stride, backend, measure=True)
+
+
+def _run(x: Tensor, weight: Tensor, stride: int, backend: str, *, measure: bool) -> tuple[Tensor, Tensor | None]:
     if not _is_ours(x, weight, stride) or resolve("conv2d", backend) != "cpp":
-        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2)
+        return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
-        return _Conv2d.apply(x, weight)
-    return torch.ops.bmsn.conv_forward(x, weight, False)
+        y, stats = _Conv2d.apply(x, weight, measure)
+    else:
+        y, stats = torch.ops.bmsn.conv_forward(x, weight, False, measure)
+    return y, stats if measure else None
 
 
 def _is_ours(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -69,19 +84,21 @@ def _has_weight_gradient() -> bool:
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, measure: bool) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
-        return torch.ops.bmsn.conv_forward(x, weight, False)
+        y, stats = torch.ops.bmsn.conv_forward(x, weight, False, measure)
+        ctx.mark_non_differentiable(stats)
+        return y, stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
-        wanted = list(ctx.needs_input_grad)
+        wanted = list(ctx.needs_input_grad[:2])
         dx = dw = None
         if wanted[0] and has_cpp_convolution(grad, weight.transpose(0, 1)):
-            dx, wanted[0] = torch.ops.bmsn.conv_forward(grad, weight, True), False
+            dx, wanted[0] = torch.ops.bmsn.conv_forward(grad, weight, True, False)[0], False
         if wanted[1] and has_cpp_gradient(x, weight):
             dw, wanted[1] = torch.ops.bmsn.conv_weight_gradient(x, grad), False
         if any(wanted):
@@ -89,24 +106,26 @@ class _Conv2d(torch.autograd.Function):
             places = ([1, 1], padding, [1, 1], False, [0, 0], 1)  # stride, padding, dilation, transposed, ..., groups
             theirs = torch.ops.aten.convolution_backward(grad, x, weight, None, *places, (*wanted, False))
             dx, dw = (ours if ours is not None else other for ours, other in zip((dx, dw), theirs, strict=False))
-        return dx, dw
+        return dx, dw, None
 
 
-def _empty_map(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    shape = (len(x), weight.shape[int(transposed)], *x.shape[2:])
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+def _outputs(x: Tensor, weight: Tensor, transposed: bool, measure: bool) -> tuple[Tensor, Tensor]:
+    """Empty y and stats; no elements of these where they are not wanted."""
+    channels = weight.shape[int(transposed)]
+    y = x.new_empty((len(x), *x.shape[2:], channels)).permute(0, 3, 1, 2)  # channels_last
+    return y, x.new_empty((2, 1, channels) if measure else 0, dtype=torch.float32)
 
 
 @torch.library.impl("bmsn::conv_forward", "CPU")
-def _conv_forward_cpu(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    y = _empty_map(x, weight, transposed)
-    convolve_cpp(x, [Branch(weight[None], y, transposed=transposed)])
-    return y
+def _conv_forward_cpu(x: Tensor, weight: Tensor, transposed: bool, measure: bool) -> tuple[Tensor, Tensor]:
+    y, stats = _outputs(x, weight, transposed, measure)
+    convolve_cpp(x, [Branch(weight[None], y, stats, transposed)])
+    return y, stats
 
 
 @torch.library.register_fake("bmsn::conv_forward")
-def _conv_forward_fake(x: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    return _empty_map(x, weight, transposed)
+def _conv_forward_fake(x: Tensor, weight: Tensor, transposed: bool, measure: bool) -> tuple[Tensor, Tensor]:
+    return _outputs(x, weight, transposed, measure)
 
 
 def _empty_weight(x: Tensor, grad: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ Pool = Literal["max", "avg"]
 # found positive. Without pooling it has no elements, like dshortcut without a shortcut and daffine without an affine.
 torch.library.define(
     "bmsn::norm_relu",
-    "(Tensor x, Tensor? shortcut, Tensor? affine, int num_groups, bool normalise_shortcut, str? pool, str backend) "
-    "-> (Tensor y, Tensor stats, Tensor index)",
+    "(Tensor x, Tensor? shortcut, Tensor? affine, Tensor? known, int num_groups, bool normalise_shortcut, str? pool, "
+    "str backend) -> (Tensor y, Tensor stats, Tensor index)",
 )
 torch.library.define(
     "bmsn::norm_relu_backward",
@@ -53,12 +53,16 @@ torch.library.define(
 )
 
 
-def norm_relu(x: Tensor, num_groups: int = 1, *, pool: Pool | None = None, backend: str = "auto") -> Tensor:
+def norm_relu(
+    x: Tensor, num_groups: int = 1, *, stats: Tensor | None = None, pool: Pool | None = None, backend: str = "auto"
+) -> Tensor:
     """relu(norm(x)), pooled if asked for, differentiable once.
 
     Args:
         x: (G*N, C, H, W), channels_last; float32, bfloat16, or float64 (on the reference only).
         num_groups: G statistics groups of N consecutive images each.
+        stats: (1, 2, G, C) float32, contiguous: mean and rstd of x where a convolution has taken them already, which
+            C++ then uses; the gradient is as if they had been taken here.
         pool: "max" or "avg": 2x2 windows with stride 2 of the result, rounded to its dtype; of equal values the first
             gets the gradient of their maximum. None: not pooled.
         backend: auto, reference, cpp or triton.
@@ -70,10 +74,11 @@ def norm_relu(x: Tensor, num_groups: int = 1, *, pool: Pool | None = None, backe
             have fewer than 2 values a channel, another pool, or odd height or width with one.
     """
     _check(x, num_groups, pool)
+    _check_stats(stats, x, 1, num_groups)
     chosen = _resolve(x, backend)
     if chosen == "reference":
         return norm_relu_reference(x, num_groups, pool=pool)
-    return _run(x, None, None, num_groups, False, pool, chosen)[0]
+    return _run(x, None, None, stats, num_groups, False, pool, chosen)[0]
 
 
 def norm_add_relu(
@@ -82,6 +87,7 @@ def norm_add_relu(
     num_groups: int = 1,
     *,
     normalise_shortcut: bool,
+    stats: Tensor | None = None,
     pool: Pool | None = None,
     backend: str = "auto",
 ) -> Tensor:
@@ -91,6 +97,7 @@ def norm_add_relu(
         x, shortcut: as in `norm_relu`, both of one shape and dtype on one device.
         num_groups: G statistics groups of N consecutive images each.
         normalise_shortcut: whether the shortcut is a convolution's output, which is normalised by its own statistics.
+        stats: as in `norm_relu`, (2, 2, G, C) with the shortcut's behind those of x where that is normalised.
         pool: as in `norm_relu`.
         backend: auto, reference, cpp or triton.
     Returns:
@@ -100,14 +107,21 @@ def norm_add_relu(
     """
     _check(x, num_groups, pool)
     check_same_kind("shortcut", shortcut, x, tuple(x.shape))
+    _check_stats(stats, x, 1 + normalise_shortcut, num_groups)
     chosen = _resolve(x, backend)
     if chosen == "reference":
         return norm_add_relu_reference(x, shortcut, num_groups, normalise_shortcut=normalise_shortcut, pool=pool)
-    return _run(x, shortcut, None, num_groups, normalise_shortcut, pool, chosen)[0]
+    return _run(x, shortcut, None, stats, num_groups, normalise_shortcut, pool, chosen)[0]
 
 
 def affine_norm_relu(
-    x: Tensor, affine: Tensor, shortcut: Tensor | None = None, *, pool: Pool | None = None, backend: str = "auto"
+    x: Tensor,
+    affine: Tensor,
+    shortcut: Tensor | None = None,
+    *,
+    stats: Tensor | None = None,
+    pool: Pool | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """relu(norm(x)), or relu(norm(x) + shortcut), or + norm(shortcut); norm is BatchNorm with its affine step.
 
@@ -116,6 +130,7 @@ def affine_norm_relu(
         affine: (branches, 2, C) float32 (float64 for float64), contiguous: weight and bias of x; with two branches also
             of the shortcut, which is then normalised by its own statistics. It gets a gradient too.
         shortcut: as in `norm_add_relu`; None: nothing is added.
+        stats: as in `norm_relu`, (branches, 2, 1, C).
         pool: as in `norm_relu`.
         backend: auto, reference, cpp or triton.
     Returns:
@@ -129,11 +144,12 @@ def affine_norm_relu(
         check_same_kind("shortcut", shortcut, x, tuple(x.shape))
     branches = 2 if shortcut is not None and len(affine) == 2 else 1
     check_dense("affine", affine, x, (branches, 2, x.shape[1]), accumulator_dtype(x))
+    _check_stats(stats, x, branches, 1)
     chosen = _resolve(x, backend)
     if chosen == "reference":
         return affine_norm_relu_reference(x, affine, shortcut, pool=pool)
-    y, stats = _run(x, shortcut, affine, 1, branches == 2, pool, chosen)
-    return y, stats[:, :, 0]
+    y, found = _run(x, shortcut, affine, stats, 1, branches == 2, pool, chosen)
+    return y, found[:, :, 0]
 
 
 def norm_relu_reference(x: Tensor, num_groups: int = 1, *, pool: Pool | None = None) -> Tensor:
@@ -186,6 +202,11 @@ def _check(x: Tensor, num_groups: int, pool: Pool | None) -> None:
         raise InputError(f"2x2 pooling needs an even height and width; x is {tuple(x.shape)}")
 
 
+def _check_stats(stats: Tensor | None, x: Tensor, branches: int, num_groups: int) -> None:
+    if stats is not None:
+        check_dense("stats", stats, x, (branches, 2, num_groups, x.shape[1]), accumulator_dtype(x))
+
+
 def _resolve(x: Tensor, backend: str) -> str:
     available = ("reference",) if x.dtype == torch.float64 else None
     return resolve("norm_relu", backend, available, x.device)
@@ -195,12 +216,13 @@ def _run(
     x: Tensor,
     shortcut: Tensor | None,
     affine: Tensor | None,
+    known: Tensor | None,
     num_groups: int,
     normalise_shortcut: bool,
     pool: Pool | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    arguments = (x, shortcut, affine, num_groups, normalise_shortcut, pool, backend)
+    arguments = (x, shortcut, affine, known, num_groups, normalise_shortcut, pool, backend)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:3]):
         return _NormRelu.apply(*arguments)
     y, stats, _ = torch.ops.bmsn.norm_relu(*arguments)
@@ -219,12 +241,13 @@ class _NormRelu(torch.autograd.Function):
         x: Tensor,
         shortcut: Tensor | None,
         affine: Tensor | None,
+        known: Tensor | None,
         num_groups: int,
         normalise_shortcut: bool,
         pool: Pool | None,
         backend: str,
     ) -> tuple[Tensor, Tensor]:
-        arguments = (x, shortcut, affine, num_groups, normalise_shortcut, pool, backend)
+        arguments = (x, shortcut, affine, known, num_groups, normalise_shortcut, pool, backend)
         y, stats, index = torch.ops.bmsn.norm_relu(*arguments)
         ctx.save_for_backward(
             y if pool == "max" or (pool is None and shortcut is not None) else None,
@@ -245,7 +268,7 @@ class _NormRelu(torch.autograd.Function):
         dx, dshortcut, daffine = torch.ops.bmsn.norm_relu_backward(*arguments)
         affine = ctx.saved_tensors[3]
         given = (dx, dshortcut if ctx.adds else None, daffine if affine is not None else None)
-        return *given, None, None, None, None
+        return *given, None, None, None, None, None
 
 
 def _dense(grad: Tensor) -> Tensor:
@@ -282,6 +305,7 @@ def _norm_relu_impl(
     x: Tensor,
     shortcut: Tensor | None,
     affine: Tensor | None,
+    known: Tensor | None,
     num_groups: int,
     normalise_shortcut: bool,
     pool: str | None,
@@ -294,9 +318,11 @@ def _norm_relu_impl(
         launch_norm_relu(x, shortcut, affine, y, stats, index if pool else None, pool)
         return y, stats, index
     cpp = loaded_extension()
+    if known is not None:
+        stats.copy_(known)
     cpp.norm_relu(
         *(group_shape(x, num_groups), x.dtype == torch.bfloat16, _kind(shortcut is not None, normalise_shortcut)),
-        *(_address(t) for t in (x, shortcut, y, stats, affine, index)),
+        *(*(_address(t) for t in (x, shortcut, y, stats)), known is not None, *map(_address, (affine, index))),
         *(getattr(cpp.Pool, pool or "max"), x.shape[3], EPS, torch.get_num_threads()),
     )
     return y, stats, index
@@ -343,6 +369,7 @@ def _norm_relu_fake(
     x: Tensor,
     shortcut: Tensor | None,
     affine: Tensor | None,
+    known: Tensor | None,
     num_groups: int,
     normalise_shortcut: bool,
     pool: str | None,
