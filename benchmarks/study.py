@@ -33,13 +33,13 @@ from bmsn.method_spec import MethodSpec, parse_methods
 from bmsn.rank_rules import RANK_RULES
 from bmsn.scheduler import Resources
 
-# For the built-in set, of 4 classes and 39 steps an epoch: one change at a time, then those that go together.
+# For the built-in set, of 10 classes and 78 steps an epoch: one change at a time, then those that go together.
 METHODS = ",".join((
     "mixture", "spos", "few-shot", "mixture:supernets=4,label=4 supernets",
-    "mixture:refresh_every=39,label=refreshed every epoch", "mixture:schedule=temperature,label=tau linear",
-    "mixture:start_accuracy=0.25,label=a from chance", "mixture:average_last=0.2,label=averaged",
-    "mixture:adapt=5,label=adapted", "mixture:refresh_every=39,average_last=0.2,label=refreshed averaged",
-    "mixture:refresh_every=39,average_last=0.2,adapt=5,label=refreshed averaged adapted",
+    "mixture:refresh_every=78,label=refreshed every epoch", "mixture:schedule=temperature,label=tau linear",
+    "mixture:start_accuracy=0.1,label=a from chance", "mixture:average_last=0.2,label=averaged",
+    "mixture:adapt=5,label=adapted", "mixture:refresh_every=78,average_last=0.2,label=refreshed averaged",
+    "mixture:refresh_every=78,average_last=0.2,adapt=5,label=refreshed averaged adapted",
     "spos:average_last=0.2,label=spos averaged", "spos:adapt=5,label=spos adapted",
 ))  # fmt: skip
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits

@@ -33,7 +33,7 @@ OPS: Mapping[str, tuple[str, ...]] = {
     "conv2d": ("cpp", "reference"),
     "norm_relu": ("cpp", "triton", "reference"),
     "conv_bn": ("cpp", "triton", "reference"),
-    "conv_scale": ("triton", "reference"),
+    "conv_scale": ("cpp", "triton", "reference"),
     "batch_statistics": ("cpp", "triton", "reference"),
     "bn_add_relu_pool": ("cpp", "triton", "reference"),
     "head": ("triton", "reference"),

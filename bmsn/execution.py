@@ -13,12 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bmsn.backend import resolve
 from bmsn.network import Weights
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
 from bmsn.ops.checks import accumulator_dtype
 from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.conv_scale import conv_scale
-from bmsn.ops.convolution import output_shape
+from bmsn.ops.convolution import has_cpp_convolution, output_shape
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, PlannedState, Wave
 from bmsn.space import Convolution, Layer, SearchSpace
@@ -214,6 +215,8 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
             work.keep("stem", stats)
         bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
+    if work.norm.is_frozen and _is_cpp(work, x):
+        return _scaled_cpp(work, x, full, pooled)
     compute = _scaled if work.norm.is_frozen and _mixes(x, backend) else _normed
     y, stats, shortcut, shortcut_stats = compute(work, x)
     if full is None and pooled is None:
@@ -229,16 +232,10 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
     """The layer's convolutions, each with its statistics, up to what `bn_add_relu_pool` takes."""
     layer, frozen, num_groups = work.layer, work.norm.is_frozen, work.rows.num_groups
 
-    def place(conv: Convolution) -> str:  # a convolution's input lies where the one before wrote it
-        return "shortcut" if conv == layer.shortcut else f"main {layer.main.index(conv) % 2}"
-
     def conv(conv: Convolution, x: Tensor, stats: Tensor | None, rider: Convolution | None = None) -> ConvBn:
         stride, together = work.stride(conv), [conv] if rider is None else [conv, rider]
         weights = [work.weight(one.name) for one in together]
-        into = []
-        if x.device.type == "cpu":
-            shapes = [output_shape(x, weight, stride) for weight in weights]
-            into = [work.memory.scratch(*a, x.dtype) for a in zip(map(place, together), shapes, strict=True)]
+        into = [_scratch(work, one, x) for one in together] if x.device.type == "cpu" else []
         found = conv_bn(
             x, weights[0], num_groups, stats=stats, overwrite=stats is not None, weight_index=work.rows.of_groups,
             stride=stride, shortcut_weight=weights[1] if rider else None, measure=not frozen, into=into,
@@ -267,26 +264,68 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
 
 def _scaled(work: _Work, x: Tensor) -> ConvBn:
     """The same with frozen statistics by kernels of ours: what `bn_add_relu_pool` takes is normalised already."""
-    layer, rows = work.layer, work.rows
-
-    def conv(conv: Convolution, x: Tensor, relu: bool = False) -> Tensor:
-        mean, scale = work.known(conv.name)
-        return conv_scale(
-            x, work.weight(conv.name), rows.num_groups, scale=scale, shift=-mean * scale, relu=relu,
-            weight_index=rows.of_groups, stride=work.stride(conv), backend=work.backend,
-        )  # fmt: skip
-
+    layer = work.layer
     shortcut = None
     if layer.shortcut is not None:
-        shortcut = conv(layer.shortcut, x)
+        shortcut = _conv_scale(work, layer.shortcut, x)
     elif layer.kind != "stem":
         shortcut = _identity(x, 1 + work.wave.strides)
     for step in layer.main[:-1]:
-        x = conv(step, x, relu=True)
-    y = conv(layer.main[-1], x)
-    as_it_is = torch.zeros(2, rows.num_groups, y.shape[1], dtype=accumulator_dtype(y), device=y.device)
-    as_it_is[1] = 1  # mean 0, rstd 1
-    return ConvBn(y, as_it_is, shortcut, None)
+        x = _conv_scale(work, step, x, relu=True)
+    y = _conv_scale(work, layer.main[-1], x)
+    return ConvBn(y, _as_it_is(work, y), shortcut, None)
+
+
+def _is_cpp(work: _Work, x: Tensor) -> bool:
+    """Whether our CPU kernel has all the layer's convolutions, which then add, ReLU and write where maps belong."""
+    return resolve("conv_scale", work.backend, device=x.device) == "cpp" and all(
+        has_cpp_convolution(x, work.weight(conv.name), work.stride(conv)) for conv in work.layer.convolutions
+    )
+
+
+def _scaled_cpp(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
+    layer = work.layer
+    shortcut = None if layer.kind == "stem" else x
+    if layer.shortcut is not None:
+        shortcut = _conv_scale(work, layer.shortcut, x, into=_scratch(work, layer.shortcut, x))
+    for step in layer.main[:-1]:
+        x = _conv_scale(work, step, x, relu=True, into=_scratch(work, step, x))
+    last = layer.main[-1]
+    y = _conv_scale(work, last, x, relu=True, shortcut=shortcut, into=_scratch(work, last, x) if full is None else full)
+    if pooled is not None:
+        kind = "avg" if work.space.pool == "avg" else "max"
+        bn_add_relu_pool(y, _as_it_is(work, y), pooled=pooled, pool=kind, backend=work.backend)
+    return y
+
+
+def _conv_scale(
+    work: _Work,
+    conv: Convolution,
+    x: Tensor,
+    *,
+    relu: bool = False,
+    shortcut: Tensor | None = None,
+    into: Tensor | None = None,
+) -> Tensor:
+    mean, scale = work.known(conv.name)
+    return conv_scale(
+        x, work.weight(conv.name), work.rows.num_groups, scale=scale, shift=-mean * scale, relu=relu, shortcut=shortcut,
+        weight_index=work.rows.of_groups, stride=work.stride(conv), into=into, backend=work.backend,
+    )  # fmt: skip
+
+
+def _as_it_is(work: _Work, y: Tensor) -> Tensor:
+    """Statistics that change nothing: mean 0, rstd 1."""
+    stats = torch.zeros(2, work.rows.num_groups, y.shape[1], dtype=accumulator_dtype(y), device=y.device)
+    stats[1] = 1
+    return stats
+
+
+def _scratch(work: _Work, conv: Convolution, x: Tensor) -> Tensor:
+    """Memory for what a convolution makes of x; the input of one lies where the one before wrote it."""
+    layer = work.layer
+    name = "shortcut" if conv == layer.shortcut else f"main {layer.main.index(conv) % 2}"
+    return work.memory.scratch(name, output_shape(x, work.weight(conv.name), work.stride(conv)), x.dtype)
 
 
 def _identity(x: Tensor, stride: int) -> Tensor:

@@ -178,19 +178,23 @@ void bind_conv_gradient(py::module_& m) {
 // Addresses (0: not there) come from bmsn.ops.convolution, which has checked dtypes, shapes and layout and made the outputs.
 void bind_conv_forward(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    // kernel, channels, weight, sets, elements between them, transposed, y, its statistics
-    using Branch = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, bool, std::uintptr_t, std::uintptr_t>;
+    // kernel, channels, weight, sets, elements between them, transposed, y, its statistics, (scale, shift, shortcut), ReLU
+    using Branch = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, bool, std::uintptr_t,
+                              std::uintptr_t, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>, bool>;
     const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t weight_index,
                          const std::vector<Branch>& given, double eps, int threads) {
         const auto [groups, images, height, width, in_channels] = shape;
         const auto* const index = reinterpret_cast<const std::int32_t*>(weight_index);
         std::vector<bmsn::ConvBranch> branches;
-        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y] : given) {
+        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu] : given) {
+            const auto [scale, shift, shortcut] = scaled;
             for (std::int64_t g = 0; index && g < groups; ++g)
                 if (index[g] < 0 || index[g] >= sets)
                     throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " + std::to_string(index[g]));
             branches.push_back({kernel, channels, reinterpret_cast<const std::uint16_t*>(weight), sets, set_stride, transposed,
-                                reinterpret_cast<std::uint16_t*>(y), reinterpret_cast<float*>(of_y)});
+                                reinterpret_cast<std::uint16_t*>(y), reinterpret_cast<float*>(of_y),
+                                reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift),
+                                reinterpret_cast<const std::uint16_t*>(shortcut), relu});
         }
         const py::gil_scoped_release nogil;
         bmsn::conv_forward({groups, images, height, width, in_channels, reinterpret_cast<const std::uint16_t*>(x),

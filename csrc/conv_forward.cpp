@@ -9,6 +9,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 
 #define BMSN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -41,6 +42,10 @@ BMSN_BF16_INLINE __m512i load_low(const Half* from) {
 }
 
 BMSN_BF16_INLINE __m512i load_high(const Half* from) { return _mm512_maskz_slli_epi32(kAll, load_low(from), 16); }
+
+BMSN_BF16_INLINE __m512 widen(const Half* from) { return _mm512_castsi512_ps(load_high(from)); }
+
+BMSN_BF16_INLINE __m512 relu(__m512 x) { return _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), x); }  // a NaN stays
 
 BMSN_BF16_INLINE void narrow(Half* to, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
@@ -85,8 +90,7 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
             for (std::int64_t c = 0; c < in; c += kLanes) {
                 const __m512 m = _mm512_loadu_ps(mean + c), r = _mm512_loadu_ps(rstd + c);
                 for (std::int64_t p = c; p < size; p += in) {
-                    const __m512 normed = _mm512_mul_ps(_mm512_sub_ps(_mm512_castsi512_ps(load_high(from + p)), m), r);
-                    narrow(to + p, _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), normed));  // a NaN stays
+                    narrow(to + p, relu(_mm512_mul_ps(_mm512_sub_ps(widen(from + p), m), r)));
                 }
             }
         } else if (in == pixel) {
@@ -97,18 +101,24 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
     }
 }
 
+// What becomes of a convolution: nothing more, moments of it, or what stands behind it with frozen statistics.
+enum class End { plain, measured, scaled };
+
 // Some rows of one image: of how many pixels, where their frame lies and where their results go. `moments` (3, out): a value
-// of the image, the sum of all others' distances from it, and of their squares; null: not wanted.
+// of the image, the sum of all others' distances from it, and of their squares.
 struct Rows {
     std::int64_t width, quads, pairs, out;
     const Bits* frame;
     Half* y;
     float* moments;
     bool is_first;
+    const float *scale, *shift;
+    const Half* shortcut;
+    bool relu;
 };
 
 // kQuads quads of pixels, N vectors of outputs from `o` on. kPairs: the pairs of inputs where the compiler shall know them.
-template <int N, int kQuads, int kKernel, bool kMeasured, int kPairs>
+template <int N, int kQuads, int kKernel, End kEnd, int kPairs>
 BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t quad, std::int64_t o, __m512 (&moments)[3][N]) {
     constexpr int kPixels = kQuads * kQuad;
     const std::int64_t pairs = kPairs ? kPairs : rows.pairs, pitch = (rows.width + 2) * pairs, quads = rows.width / kQuad;
@@ -138,14 +148,20 @@ BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t qu
                 }
             }
         }
-    if (kMeasured && rows.is_first && quad == 0)
+    if (kEnd == End::measured && rows.is_first && quad == 0)
         for (int n = 0; n < N; ++n) moments[0][n] = sum[0][n];
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p)
 #pragma GCC unroll 2
         for (int n = 0; n < N; ++n) {
-            narrow(rows.y + (quad * kQuad + p) * rows.out + o + n * kLanes, sum[p][n]);
-            if constexpr (kMeasured) {
+            const std::int64_t c = o + n * kLanes, place = (quad * kQuad + p) * rows.out + c;
+            if constexpr (kEnd == End::scaled) {
+                sum[p][n] = _mm512_fmadd_ps(sum[p][n], _mm512_loadu_ps(rows.scale + c), _mm512_loadu_ps(rows.shift + c));
+                if (rows.shortcut) sum[p][n] = _mm512_add_ps(sum[p][n], widen(rows.shortcut + place));
+                if (rows.relu) sum[p][n] = relu(sum[p][n]);
+            }
+            narrow(rows.y + place, sum[p][n]);
+            if constexpr (kEnd == End::measured) {
                 const __m512 d = _mm512_sub_ps(sum[p][n], moments[0][n]);
                 moments[1][n] = _mm512_add_ps(moments[1][n], d);
                 moments[2][n] = _mm512_fmadd_ps(d, d, moments[2][n]);
@@ -153,36 +169,39 @@ BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t qu
         }
 }
 
-template <int N, int kKernel, bool kMeasured, int kPairs>
+template <int N, int kKernel, End kEnd, int kPairs>
 BMSN_BF16_INLINE void add_outputs(const Rows& rows, const Bits* weight, std::int64_t o) {
     constexpr int kQuads = N == 1 ? 4 : 2;  // 16 sums: enough to hide a product's latency
     const std::int64_t whole = rows.quads - rows.quads % kQuads;
     __m512 moments[3][N];
-    if constexpr (kMeasured)
+    if constexpr (kEnd == End::measured)
         for (int m = 0; m < 3; ++m)
             for (int n = 0; n < N; ++n)
                 moments[m][n] = rows.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(rows.moments + m * rows.out + o + n * kLanes);
-    for (std::int64_t q = 0; q < whole; q += kQuads) tile<N, kQuads, kKernel, kMeasured, kPairs>(rows, weight, q, o, moments);
-    for (std::int64_t q = whole; q < rows.quads; ++q) tile<N, 1, kKernel, kMeasured, kPairs>(rows, weight, q, o, moments);
-    if constexpr (kMeasured)
+    for (std::int64_t q = 0; q < whole; q += kQuads) tile<N, kQuads, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
+    for (std::int64_t q = whole; q < rows.quads; ++q) tile<N, 1, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
+    if constexpr (kEnd == End::measured)
         for (int m = 0; m < 3; ++m)
             for (int n = 0; n < N; ++n) _mm512_storeu_ps(rows.moments + m * rows.out + o + n * kLanes, moments[m][n]);
 }
 
-template <int kKernel, bool kMeasured, int kPairs>
+template <int kKernel, End kEnd, int kPairs>
 BMSN_BF16 void convolve_rows(const Rows& rows, const Bits* weight) {
     const std::int64_t size = kKernel * kKernel * rows.pairs;
     std::int64_t o = 0;
-    for (; o + 2 * kLanes <= rows.out; o += 2 * kLanes) add_outputs<2, kKernel, kMeasured, kPairs>(rows, weight + o * size, o);
-    if (o < rows.out) add_outputs<1, kKernel, kMeasured, kPairs>(rows, weight + o * size, o);
+    for (; o + 2 * kLanes <= rows.out; o += 2 * kLanes) add_outputs<2, kKernel, kEnd, kPairs>(rows, weight + o * size, o);
+    if (o < rows.out) add_outputs<1, kKernel, kEnd, kPairs>(rows, weight + o * size, o);
 }
 
-template <int kKernel, bool kMeasured>
-constexpr auto convolver(std::int64_t pairs) {
-    return pairs == 8    ? convolve_rows<kKernel, kMeasured, 8>
-           : pairs == 16 ? convolve_rows<kKernel, kMeasured, 16>
-           : pairs == 32 ? convolve_rows<kKernel, kMeasured, 32>
-                         : convolve_rows<kKernel, kMeasured, 0>;
+template <End kEnd>
+auto convolver(std::int64_t kernel, std::int64_t pairs) {
+    const auto of = [pairs]<int kKernel>(std::integral_constant<int, kKernel>) {
+        return pairs == 8    ? convolve_rows<kKernel, kEnd, 8>
+               : pairs == 16 ? convolve_rows<kKernel, kEnd, 16>
+               : pairs == 32 ? convolve_rows<kKernel, kEnd, 32>
+                             : convolve_rows<kKernel, kEnd, 0>;
+    };
+    return kernel == 3 ? of(std::integral_constant<int, 3>{}) : of(std::integral_constant<int, 1>{});
 }
 
 // A branch with its weights packed, (sets, blocks, taps, pairs, outputs), and the moments of every image.
@@ -198,8 +217,9 @@ struct Prepared {
           set_size(branch.kernel * branch.kernel * pairs_of(input.channels) * branch.channels),
           weights(make_buffer<Bits>(branch.sets * set_size)),
           moments(make_buffer<float>(branch.stats ? input.groups * input.images * 3 * branch.channels : 0)),
-          convolve(branch.kernel == 3 ? (branch.stats ? convolver<3, true> : convolver<3, false>)(pairs_of(input.channels))
-                                      : (branch.stats ? convolver<1, true> : convolver<1, false>)(pairs_of(input.channels))) {}
+          convolve((branch.stats   ? convolver<End::measured>
+                    : branch.scale ? convolver<End::scaled>
+                                   : convolver<End::plain>)(branch.kernel, pairs_of(input.channels))) {}
 };
 
 // Mean and rstd of a group from the moments of its images, in float64, image after image.
@@ -260,7 +280,19 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
                     const std::int64_t out = one.branch.channels;
                     Half* const y = one.branch.y + (n * input.height + first) * input.width * out;
                     float* const moments = one.branch.stats ? one.moments.get() + n * 3 * out : nullptr;
-                    one.convolve({input.width, (last - first) * input.width / kQuad, pairs, out, frame.get(), y, moments, first == 0},
+                    const bool scaled = one.branch.scale;
+                    one.convolve({.width = input.width,
+                                  .quads = (last - first) * input.width / kQuad,
+                                  .pairs = pairs,
+                                  .out = out,
+                                  .frame = frame.get(),
+                                  .y = y,
+                                  .moments = moments,
+                                  .is_first = first == 0,
+                                  .scale = scaled ? one.branch.scale + g * out : nullptr,
+                                  .shift = scaled ? one.branch.shift + g * out : nullptr,
+                                  .shortcut = one.branch.shortcut ? one.branch.shortcut + (y - one.branch.y) : nullptr,
+                                  .relu = one.branch.relu},
                                  one.weights.get() + (input.weight_index ? input.weight_index[g] : 0) * one.set_size);
                 }
             }

@@ -1,6 +1,7 @@
 // Convolutions (3x3 with padding 1, or 1x1; stride 1) in bfloat16 for narrow maps in NHWC order, with what stands around them.
 //
-//   y[g] = conv(a[g], weight[index[g]]), and its mean and rstd,    a[g] = relu((x[g] - mean[g]) * rstd[g]) or x[g]
+//   y[g] = conv(a[g], weight[index[g]]), and its mean and rstd,    a[g] = relu((x[g] - mean[g]) * rstd[g]) or x[g], or
+//   y[g] = conv(a[g], weight[index[g]]) * scale[g] + shift[g] + shortcut[g], with or without ReLU,
 //
 // for the images of statistics group g; several convolutions may read the same a. Products of pairs of channels by
 // AVX512-BF16, summed in float32; statistics are those of the sums before rounding, taken image by image about a value of the
@@ -27,6 +28,9 @@ struct ConvBranch {
                                      // sets of (channels of x, kernel, kernel, channels of y), channels of x even
     std::uint16_t* y;                // (groups, images, height, width, channels)
     float* stats;                    // (2, groups, channels): mean and rstd of y; null: not wanted
+    const float *scale, *shift;      // (groups, channels); null: y as it is. Not with stats
+    const std::uint16_t* shortcut;   // like y; null: none
+    bool relu;                       // with a scale
 };
 
 // Whether this machine has the instructions.

@@ -12,6 +12,7 @@ from torch import Tensor
 from bmsn.backend import extension
 from bmsn.ops import convolution as module
 from bmsn.ops.conv_bn import conv_bn
+from bmsn.ops.conv_scale import conv_scale, conv_scale_reference
 from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
 from bmsn.ops.norm_relu import EPS
 from oracles import assert_no_worse
@@ -83,6 +84,25 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], normalises: bool) 
     assert_no_worse(found.y, eager=eager[0], oracle=oracle[0])
     for ours, theirs, wide in zip(found.stats, eager[1:], oracle[1:], strict=True):
         assert_no_worse(ours, eager=theirs.float(), oracle=wide)
+
+
+@pytest.mark.parametrize("shortcut_and_relu", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_frozen_statistics_shortcut_and_relu_come_with_it(shape: tuple[int, ...], shortcut_and_relu: bool) -> None:
+    x, weight, index, _ = make_case(shape)
+    groups, _, _, o, height, width, _ = shape
+    scale, shift = random_rows(2, groups, o, seed=5).clone()
+    shortcut = random_map(len(x), o, height, width, seed=6, dtype=torch.bfloat16) if shortcut_and_relu else None
+    arguments = {"scale": scale, "shift": shift, "relu": shortcut_and_relu, "shortcut": shortcut, "weight_index": index}
+    wide = {k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in arguments.items()}
+    found = conv_scale(x, weight, groups, **arguments, backend="cpp")
+    oracle = conv_scale_reference(x.double(), weight.double(), groups, **wide)
+    assert_no_worse(found, eager=conv_scale_reference(x, weight, groups, **arguments), oracle=oracle)
+    into = guarded(found, poison=True)
+    bounded = {k: guarded(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    assert conv_scale(guarded(x), guarded(weight), groups, **bounded, into=into, backend="cpp") is into
+    assert torch.equal(into, found)
+    assert_guards_hold(y=into)
 
 
 @pytest.mark.parametrize("shape", WITH_STATS, ids=str)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import partial
+from importlib import import_module
 from itertools import pairwise
 
 import pytest
@@ -12,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 
 import bmsn.evaluator
 import bmsn.execution
+from bmsn.backend import extension
 from bmsn.errors import InputError
 from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
+from bmsn.exporting_network import network_from_supernet
 from bmsn.network import SupernetMixture
 from bmsn.plan import EvaluationPlan
 from bmsn.space import SPACES, SearchSpace
@@ -178,6 +182,35 @@ def test_low_precision_differs_by_rounding_ties_alone(dtype):
     differences = (one_pass.correct - one_by_one.correct).abs()
     assert differences.max() <= (1 if dtype == torch.float32 else 3)
     assert differences.sum() <= 0.01 * one_pass.total * len(pairs)
+
+
+@pytest.mark.skipif(
+    not (extension() and extension().has_conv_forward()), reason="bmsn._C was not built, or no AVX512-BF16"
+)
+@pytest.mark.parametrize("norm", ["batch", "calibrated"])
+@pytest.mark.parametrize("pool", ["max", "avg"])
+def test_our_cpu_convolution_classifies_as_float64_does(pool, norm, monkeypatch):
+    """At the widths that it is for. Labels are what float64 predicts: a map in the wrong place leaves chance."""
+    monkeypatch.setattr("bmsn.ops.convolution._has_kernel", lambda: True)
+    generator = torch.Generator().manual_seed(3)
+    nets = SupernetMixture(SearchSpace.named("resnet14-cifar10", pool=pool), 2, 4, generator=generator)
+    nets.arena.detach()[:, -4:] = 0
+    images = torch.randn(96, 3, 16, 16, generator=generator, dtype=torch.double)
+    wide, runs = deepcopy(nets).double(), []
+    for op in ("conv_bn", "conv_scale"):
+        module = import_module(f"bmsn.ops.{op}")
+        plain = module.convolve_cpp
+        monkeypatch.setattr(module, "convolve_cpp", lambda *a, plain=plain, **k: runs.append(a) or plain(*a, **k))
+    for pair in all_pairs(nets)[::5]:
+        frozen = {} if norm == "batch" else {"norm": norm, "calibration_images": images.bfloat16()}
+        logits = network_from_supernet(wide, *pair, images)(images) if frozen else wide(images, *pair)
+        labels = (logits - logits.mean(0)).argmax(1)
+        shifted = deepcopy(nets)
+        shifted.arena.detach()[:, -4:] = -logits.detach().mean(0).float()  # so that all classes are predicted
+        scores = score_architectures(shifted, images.bfloat16(), labels, [pair], backend="cpp", **frozen)
+        assert len(labels.unique()) > 2
+        assert scores.correct.item() >= 88
+    assert len(runs) >= 6 * 13  # every 3x3 convolution of every pair
 
 
 def test_order_subset_and_memory_format_do_not_matter():

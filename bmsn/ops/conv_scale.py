@@ -5,8 +5,8 @@
 for the images of group g; ReLU and shortcut where they are asked for. With scale = rstd and shift = -mean * rstd this
 is BatchNorm by statistics that were measured before.
 
-There is no C++ version: oneDNN's convolution with scaled weights, a bias and ReLU at its end took 6 to 12 % more than
-the bare one on a CPU without AMX, which is as much as the sweep that it saves.
+In C++ where `has_cpp_convolution` says so. Elsewhere on a CPU a sweep of its own is as fast: oneDNN's convolution with
+scaled weights, a bias and ReLU at its end took 6 to 12 % more than the bare one.
 
 Source: Ioffe & Szegedy 2015, section 3.1 (inference), without the affine step.
 """
@@ -19,7 +19,15 @@ from torch import Tensor
 from bmsn.backend import resolve
 from bmsn.ops.bn_add_relu_pool import per_image
 from bmsn.ops.checks import accumulator_dtype, check_dense, check_same_kind
-from bmsn.ops.convolution import check_convolution, convolve, empty_map, output_shape
+from bmsn.ops.convolution import (
+    Branch,
+    check_convolution,
+    convolve,
+    convolve_cpp,
+    empty_map,
+    has_cpp_convolution,
+    output_shape,
+)
 
 torch.library.define(
     "bmsn::conv_scale",
@@ -39,6 +47,7 @@ def conv_scale(
     shortcut: Tensor | None = None,
     weight_index: Tensor | None = None,
     stride: int = 1,
+    into: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """conv(x, weight[weight_index[g]]) * scale[g] + shift[g], + shortcut, ReLU: BatchNorm frozen. Forward only.
@@ -48,7 +57,8 @@ def conv_scale(
         scale, shift: (G, O) float32 (float64 for float64): rstd and -mean * rstd of the frozen statistics.
         relu: whether ReLU comes last.
         shortcut: what is added before ReLU, of the output's shape, layout and dtype.
-        backend: auto, reference or triton.
+        into: memory for the result, which may be returned; see `conv_bn`.
+        backend: auto, reference, triton, or cpp where `has_cpp_convolution` says so.
     Returns:
         (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x. rounded to it no earlier than at the
         end where the kernel is ours. NaN propagates.
@@ -61,7 +71,12 @@ def conv_scale(
         check_dense(name, tensor, x, (num_groups, shape[1]), accumulator_dtype(x))
     if shortcut is not None:
         check_same_kind("shortcut", shortcut, x, shape)
-    chosen = resolve("conv_scale", backend, ("reference",) if x.dtype == torch.float64 else None, x.device)
+    available = ["reference"] if x.dtype == torch.float64 else ["triton", "reference"]
+    if has_cpp_convolution(x, weight, stride):
+        available.insert(0, "cpp")
+    chosen = resolve("conv_scale", backend, available, x.device)
+    if chosen == "cpp":
+        return _conv_scale_cpp(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, into)
     return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
 
 
@@ -84,6 +99,23 @@ def conv_scale_reference(
     return y.copy_(z.relu() if relu else z)
 
 
+def _conv_scale_cpp(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None,
+    weight_index: Tensor | None,
+    into: Tensor | None,
+) -> Tensor:
+    y = empty_map(x, weight, 1) if into is None else into
+    branch = Branch(weight, y, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
+    convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
+    return y
+
+
 @torch.library.impl("bmsn::conv_scale", "CompositeExplicitAutograd")
 def _conv_scale_impl(
     x: Tensor,
@@ -99,6 +131,8 @@ def _conv_scale_impl(
 ) -> Tensor:
     if backend == "reference":
         return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
+    if backend == "cpp":
+        return _conv_scale_cpp(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, None)
     from bmsn.kernels.conv_bn import launch_conv_scale
 
     y = empty_map(x, weight, stride)

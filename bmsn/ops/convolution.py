@@ -105,12 +105,19 @@ class Branch(NamedTuple):
         stats: (2, G, O) float32, contiguous: gets mean and rstd of y; None or no elements: not wanted.
         transposed: the map is the gradient of a convolution's output, (B, O, H, W), and y, (B, I, H, W), gets that of
             its input; then I is the multiple of 16, and O even.
+        scale, shift: (G, O) float32, contiguous: y is multiplied and shifted by them; None: neither. Not with stats.
+        shortcut: like y, added after that; None: nothing is.
+        relu: whether ReLU comes last, with a scale.
     """
 
     weight: Tensor
     y: Tensor
     stats: Tensor | None = None
     transposed: bool = False
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    shortcut: Tensor | None = None
+    relu: bool = False
 
 
 def convolve_cpp(
@@ -133,8 +140,11 @@ def convolve_cpp(
         (num_groups, len(x) // num_groups, x.shape[2], x.shape[3], x.shape[1]),
         *(x.data_ptr(), address(stats), address(weight_index)),
         [
-            (w.shape[-1], y.shape[1], w.data_ptr(), len(w), w.stride(0), transposed, y.data_ptr(), address(of_y))
-            for w, y, of_y, transposed in branches
+            (
+                *(w.shape[-1], y.shape[1], w.data_ptr(), len(w), w.stride(0), transposed, y.data_ptr(), address(of_y)),
+                *(tuple(map(address, scaled)), relu),
+            )
+            for w, y, of_y, transposed, *scaled, relu in branches
         ],
         *(EPS, torch.get_num_threads()),
     )
