@@ -55,18 +55,17 @@ class Memory:
 
     def __init__(self, plan: EvaluationPlan, device: torch.device) -> None:
         self.block = torch.empty(plan.arena_bytes, dtype=torch.uint8, device=device)
+        self._beside = plan.peak_bytes - plan.arena_bytes
         self._kept: dict[str, Tensor] = {}
-
-    def shrink(self, num_bytes: int) -> None:
-        """Gives back what is kept within layers where that is more than `num_bytes`."""
-        if sum(map(len, self._kept.values())) > num_bytes:
-            self._kept.clear()
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """An NCHW map, channels_last; the next one of that name lies where this one does."""
         images, channels, height, width = shape
         size = images * channels * height * width * dtype.itemsize
         if name not in self._kept or len(self._kept[name]) < size:
+            self._kept.pop(name, None)
+            if size + sum(map(len, self._kept.values())) > self._beside:  # what the plan promises to stay below
+                self._kept.clear()
             self._kept[name] = torch.empty(size, dtype=torch.uint8)
         return self._kept[name][:size].view(dtype).view(images, height, width, channels).permute(0, 3, 1, 2)
 
@@ -87,7 +86,6 @@ def run_batches(
     In every state they are `num_groups` statistics groups, at most `plan.batch_size` images in all.
     """
     for wave in plan.waves:
-        memory.shrink(plan.workspace_bytes(wave))
         source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else images.shape[1:]
         shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
         for run in _runs(wave, mixed=_mixes(images, backend)):

@@ -180,10 +180,6 @@ class EvaluationPlan:
         stride = 2**num_pools * (LARGE_STEM_STRIDE if self.space.stem == "large" else 1)
         return (self.space.layers[layer].out_channels, self.image_size[0] // stride, self.image_size[1] // stride)
 
-    def workspace_bytes(self, wave: Wave) -> int:
-        """Upper bound of the maps within the layer that `wave` computes at a time."""
-        return self._workspace(wave.layer, wave.num_pools, wave.chunk)
-
     # Making it. -------------------------------------------------------------------------------------------------------
 
     def _tree(self, pairs: Sequence[Pair]) -> list[_Node]:
