@@ -233,7 +233,8 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
     def conv(conv: Convolution, x: Tensor, stats: Tensor | None, rider: Convolution | None = None) -> ConvBn:
         stride, together = work.stride(conv), [conv] if rider is None else [conv, rider]
         weights = [work.weight(one.name) for one in together]
-        into = [_scratch(work, one, x) for one in together] if x.device.type == "cpu" else []
+        ours = all(has_cpp_convolution(x, weight, stride) for weight in weights)
+        into = [_scratch(work, one, x) for one in together] if ours else []
         found = conv_bn(
             x, weights[0], num_groups, stats=stats, overwrite=stats is not None, weight_index=work.rows.of_groups,
             stride=stride, shortcut_weight=weights[1] if rider else None, measure=not frozen, into=into,

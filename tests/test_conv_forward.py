@@ -200,6 +200,13 @@ def test_memory_may_be_given_and_statistics_left_out() -> None:
     assert found.stats.numel() == 0
 
 
+def test_opcheck() -> None:
+    x, weight, index, stats = make_case((2, 2, 16, 16, 6, 8, 3))
+    torch.library.opcheck(torch.ops.bmsn.conv_bn.default, (x, weight, 2, stats, index, 1, None, "cpp"))
+    scaled = (*stats.unbind(), True, x)  # as many outputs as inputs
+    torch.library.opcheck(torch.ops.bmsn.conv_scale.default, (x, weight, 2, *scaled, index, 1, "cpp"))
+
+
 def test_a_weight_set_that_is_not_there() -> None:
     x, weight, _, stats = make_case((2, 2, 16, 16, 6, 8, 3))
     with pytest.raises(IndexError, match=r"weight_index must be in 0\.\.2; got 3"):

@@ -76,7 +76,10 @@ def conv_scale(
         available.insert(0, "cpp")
     chosen = resolve("conv_scale", backend, available, x.device)
     if chosen == "cpp":
-        return _conv_scale_cpp(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, into)
+        y = empty_map(x, weight, 1) if into is None else into
+        branch = Branch(weight, y, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
+        convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
+        return y
     return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
 
 
@@ -99,23 +102,6 @@ def conv_scale_reference(
     return y.copy_(z.relu() if relu else z)
 
 
-def _conv_scale_cpp(
-    x: Tensor,
-    weight: Tensor,
-    num_groups: int,
-    scale: Tensor,
-    shift: Tensor,
-    relu: bool,
-    shortcut: Tensor | None,
-    weight_index: Tensor | None,
-    into: Tensor | None,
-) -> Tensor:
-    y = empty_map(x, weight, 1) if into is None else into
-    branch = Branch(weight, y, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
-    convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
-    return y
-
-
 @torch.library.impl("bmsn::conv_scale", "CompositeExplicitAutograd")
 def _conv_scale_impl(
     x: Tensor,
@@ -132,7 +118,10 @@ def _conv_scale_impl(
     if backend == "reference":
         return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
     if backend == "cpp":
-        return _conv_scale_cpp(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, None)
+        return conv_scale(
+            x, weight, num_groups, scale=scale, shift=shift, relu=relu, shortcut=shortcut, weight_index=weight_index,
+            backend=backend,
+        )  # fmt: skip
     from bmsn.kernels.conv_bn import launch_conv_scale
 
     y = empty_map(x, weight, stride)
