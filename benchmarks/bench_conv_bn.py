@@ -4,8 +4,8 @@
 
 A call normalises + ReLUs its input, convolves, and measures its output: what stands between two convolutions counts
 once. The floor is the larger of two times: every map read and written once at a copy's speed, and the arithmetic at
-the speed of a large product, both measured in the same process. On a GPU the row `library conv + our sweeps` says for
-each shape whether cuDNN's convolution would win over the fused kernel.
+the speed of a large product, both measured in the same process. The row `library conv + our sweeps` says for each shape
+whether cuDNN's or oneDNN's convolution would win over the fused kernel.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def test_conv_bn(benchmark: BenchmarkFixture, device: torch.device, full: bool, 
         batch_statistics(y, groups)
         return y
 
-    calls = {"bmsn": lambda: conv_bn(x, weight, groups, stats=stats), "eager": eager}
-    if gpu:
-        calls |= {
-            "library conv + our sweeps": sweeps,
-            "library conv alone": lambda: F.conv2d(x, weight[0], padding=k // 2),
-        }
+    calls = {
+        "bmsn": lambda: conv_bn(x, weight, groups, stats=stats),
+        "eager": eager,
+        "library conv + our sweeps": sweeps,
+        "library conv alone": lambda: F.conv2d(x, weight[0], padding=k // 2),
+    }
     with torch.no_grad():
         found = conv_bn(x, weight, groups, stats=stats)  # the gate
         torch.testing.assert_close(found.y, eager(), rtol=2**-5, atol=2**-4)

@@ -66,7 +66,7 @@ class Memory:
             self._kept.pop(name, None)
             if size + sum(map(len, self._kept.values())) > self._beside:  # what the plan promises to stay below
                 self._kept.clear()
-            self._kept[name] = torch.empty(size, dtype=torch.uint8)
+            self._kept[name] = torch.empty(size, dtype=torch.uint8, device=self.block.device)
         return self._kept[name][:size].view(dtype).view(images, height, width, channels).permute(0, 3, 1, 2)
 
 
@@ -213,7 +213,7 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
             work.keep("stem", stats)
         bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
-    if work.norm.is_frozen and _is_cpp(work, x):
+    if work.norm.is_frozen and _is_cpp(work, "conv_scale", x, work.layer.convolutions):
         return _scaled_cpp(work, x, full, pooled)
     compute = _scaled if work.norm.is_frozen and _mixes(x, backend) else _normed
     y, stats, shortcut, shortcut_stats = compute(work, x)
@@ -233,8 +233,7 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
     def conv(conv: Convolution, x: Tensor, stats: Tensor | None, rider: Convolution | None = None) -> ConvBn:
         stride, together = work.stride(conv), [conv] if rider is None else [conv, rider]
         weights = [work.weight(one.name) for one in together]
-        ours = all(has_cpp_convolution(x, weight, stride) for weight in weights)
-        into = [_scratch(work, one, x) for one in together] if ours else []
+        into = [_scratch(work, one, x) for one in together] if _is_cpp(work, "conv_bn", x, together) else []
         found = conv_bn(
             x, weights[0], num_groups, stats=stats, overwrite=stats is not None, weight_index=work.rows.of_groups,
             stride=stride, shortcut_weight=weights[1] if rider else None, measure=not frozen, into=into,
@@ -275,14 +274,15 @@ def _scaled(work: _Work, x: Tensor) -> ConvBn:
     return ConvBn(y, _as_it_is(work, y), shortcut, None)
 
 
-def _is_cpp(work: _Work, x: Tensor) -> bool:
-    """Whether our CPU kernel has all the layer's convolutions, which then add, ReLU and write where maps belong."""
-    return resolve("conv_scale", work.backend, device=x.device) == "cpp" and all(
-        has_cpp_convolution(x, work.weight(conv.name), work.stride(conv)) for conv in work.layer.convolutions
+def _is_cpp(work: _Work, op: str, x: Tensor, convolutions: Sequence[Convolution]) -> bool:
+    """Whether our CPU kernel has these convolutions of the layer, and is what `op` shall run on."""
+    return resolve(op, work.backend, device=x.device) == "cpp" and all(
+        has_cpp_convolution(x, work.weight(conv.name), work.stride(conv)) for conv in convolutions
     )
 
 
 def _scaled_cpp(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
+    """The whole layer with frozen statistics by our CPU kernel, which also adds, ReLUs and writes where maps belong."""
     layer = work.layer
     shortcut = None if layer.kind == "stem" else x
     if layer.shortcut is not None:

@@ -3,6 +3,7 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
 #include <immintrin.h>
+#include <omp.h>
 
 #include <algorithm>
 #include <cmath>
@@ -105,13 +106,12 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
 enum class End { plain, measured, scaled };
 
 // Some rows of one image: of how many pixels, where their frame lies and where their results go. `moments` (3, out): a value
-// of the image, the sum of all others' distances from it, and of their squares.
+// among these, the sum of all others' distances from it, and of their squares.
 struct Rows {
     std::int64_t width, quads, pairs, out;
     const Bits* frame;
     Half* y;
     float* moments;
-    bool is_first;
     const float *scale, *shift;
     const Half* shortcut;
     bool relu;
@@ -148,7 +148,7 @@ BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t qu
                 }
             }
         }
-    if (kEnd == End::measured && rows.is_first && quad == 0)
+    if (kEnd == End::measured && quad == 0)
         for (int n = 0; n < N; ++n) moments[0][n] = sum[0][n];
 #pragma GCC unroll 16
     for (int p = 0; p < kPixels; ++p)
@@ -174,10 +174,7 @@ BMSN_BF16_INLINE void add_outputs(const Rows& rows, const Bits* weight, std::int
     constexpr int kQuads = N == 1 ? 4 : 2;  // 16 sums: enough to hide a product's latency
     const std::int64_t whole = rows.quads - rows.quads % kQuads;
     __m512 moments[3][N];
-    if constexpr (kEnd == End::measured)
-        for (int m = 0; m < 3; ++m)
-            for (int n = 0; n < N; ++n)
-                moments[m][n] = rows.is_first ? _mm512_setzero_ps() : _mm512_loadu_ps(rows.moments + m * rows.out + o + n * kLanes);
+    for (int n = 0; n < N; ++n) moments[0][n] = moments[1][n] = moments[2][n] = _mm512_setzero_ps();
     for (std::int64_t q = 0; q < whole; q += kQuads) tile<N, kQuads, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
     for (std::int64_t q = whole; q < rows.quads; ++q) tile<N, 1, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
     if constexpr (kEnd == End::measured)
@@ -204,7 +201,12 @@ auto convolver(std::int64_t kernel, std::int64_t pairs) {
     return kernel == 3 ? of(std::integral_constant<int, 3>{}) : of(std::integral_constant<int, 1>{});
 }
 
-// A branch with its weights packed, (sets, blocks, taps, pairs, outputs), and the moments of every image.
+// How an image is cut: so many rows at a time, at the end perhaps fewer.
+struct Strips {
+    std::int64_t count, height;
+};
+
+// A branch with its weights packed, (sets, blocks, taps, pairs, outputs), and the moments of every strip of every image.
 struct Prepared {
     ConvBranch branch;
     std::int64_t set_size;
@@ -212,32 +214,35 @@ struct Prepared {
     Buffer<float> moments;
     void (*convolve)(const Rows&, const Bits*);
 
-    Prepared(const ConvBranch& branch, const ConvInput& input)
+    Prepared(const ConvBranch& branch, const ConvInput& input, const Strips& strips)
         : branch(branch),
           set_size(branch.kernel * branch.kernel * pairs_of(input.channels) * branch.channels),
           weights(make_buffer<Bits>(branch.sets * set_size)),
-          moments(make_buffer<float>(branch.stats ? input.groups * input.images * 3 * branch.channels : 0)),
+          moments(make_buffer<float>(branch.stats ? input.groups * input.images * strips.count * 3 * branch.channels : 0)),
           convolve((branch.stats   ? convolver<End::measured>
                     : branch.scale ? convolver<End::scaled>
                                    : convolver<End::plain>)(branch.kernel, pairs_of(input.channels))) {}
 };
 
-// Mean and rstd of a group from the moments of its images, in float64, image after image.
-void join(const ConvInput& input, const Prepared& prepared, std::int64_t group, double eps) {
-    const std::int64_t out = prepared.branch.channels;
-    const auto pixels = static_cast<double>(input.height * input.width);
-    std::vector<double> mean(static_cast<std::size_t>(out)), squares(static_cast<std::size_t>(out));
-    const float* from = prepared.moments.get() + group * input.images * 3 * out;
-    for (std::int64_t n = 0; n < input.images; ++n, from += 3 * out) {
-        const double share = 1.0 / static_cast<double>(n + 1), between = pixels * static_cast<double>(n) * share;
+// Mean and rstd of a group from the moments of its strips, in float64, one after the other (Chan et al. 1979). `sums`: 2 * out.
+void join(const ConvInput& input, const Strips& strips, const Prepared& prepared, std::int64_t group, double eps, double* sums) {
+    const std::int64_t out = prepared.branch.channels, all = input.images * strips.count;
+    double *const mean = sums, *const squares = sums + out, pixels = 0;
+    std::fill_n(sums, 2 * out, 0.);
+    const float* from = prepared.moments.get() + group * all * 3 * out;
+    for (std::int64_t n = 0; n < all; ++n, from += 3 * out) {
+        const std::int64_t rows = std::min(strips.height, input.height - n % strips.count * strips.height);
+        const auto own = static_cast<double>(rows * input.width);
+        const double share = own / (pixels + own), between = pixels * share;
+        pixels += own;
         for (std::int64_t c = 0; c < out; ++c) {
-            const double beyond = from[out + c] / pixels, delta = from[c] + beyond - mean[c];
+            const double beyond = from[out + c] / own, delta = from[c] + beyond - mean[c];
             mean[c] += delta * share;
             squares[c] += from[2 * out + c] - from[out + c] * beyond + delta * delta * between;
         }
     }
     for (std::int64_t c = 0; c < out; ++c) {
-        const double variance = squares[c] / (pixels * static_cast<double>(input.images));
+        const double variance = squares[c] / pixels;
         prepared.branch.stats[group * out + c] = static_cast<float>(mean[c]);
         prepared.branch.stats[(input.groups + group) * out + c] =
             static_cast<float>(1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps));
@@ -252,8 +257,16 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
     const std::int64_t in = input.channels, images = input.groups * input.images, pairs = pairs_of(in);
     const std::int64_t line = (input.width + 2) * pairs;  // of the frame, in Bits
     const std::int64_t height = std::clamp<std::int64_t>(kFrame / 4 / line - 2, 1, input.height);
+    const Strips strips{(input.height + height - 1) / height, height};
+    const std::int64_t frame_size = (height + 2) * line;
+    std::int64_t widest = 0;
     std::vector<Prepared> all;
-    for (const ConvBranch& branch : branches) all.emplace_back(branch, input);
+    for (const ConvBranch& branch : branches) {
+        all.emplace_back(branch, input, strips);
+        widest = std::max(widest, branch.channels);
+    }
+    const auto frames = make_buffer<Bits>(threads * frame_size);  // here, because nothing may throw in a parallel region
+    const auto sums = make_buffer<double>(threads * 2 * widest);
 #pragma omp parallel num_threads(threads)
     {
         for (const Prepared& one : all) {
@@ -265,8 +278,9 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
                      std::min(2 * kLanes, one.branch.channels - o), one.weights.get() + set * one.set_size + o * taps * pairs);
             }
         }
-        const auto frame = make_buffer<Bits>((height + 2) * line);
-        std::fill_n(frame.get(), (height + 2) * line, Bits{0});
+        Bits* const frame = frames.get() + omp_get_thread_num() * frame_size;
+        double* const own_sums = sums.get() + omp_get_thread_num() * 2 * widest;
+        std::fill_n(frame, frame_size, Bits{0});
 #pragma omp for schedule(static)
         for (std::int64_t n = 0; n < images; ++n) {
             const std::int64_t g = n / input.images;
@@ -274,21 +288,19 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
             const float* const rstd = input.stats ? input.stats + (input.groups + g) * in : nullptr;
             for (std::int64_t first = 0; first < input.height; first += height) {
                 const std::int64_t last = std::min(first + height, input.height);
-                load(input, input.x + n * input.height * input.width * in, mean, rstd, first, last,
-                     reinterpret_cast<Half*>(frame.get()));
+                load(input, input.x + n * input.height * input.width * in, mean, rstd, first, last, reinterpret_cast<Half*>(frame));
                 for (const Prepared& one : all) {
                     const std::int64_t out = one.branch.channels;
                     Half* const y = one.branch.y + (n * input.height + first) * input.width * out;
-                    float* const moments = one.branch.stats ? one.moments.get() + n * 3 * out : nullptr;
+                    float* const moments = one.moments.get() + (n * strips.count + first / height) * (one.branch.stats ? 3 * out : 0);
                     const bool scaled = one.branch.scale;
                     one.convolve({.width = input.width,
                                   .quads = (last - first) * input.width / kQuad,
                                   .pairs = pairs,
                                   .out = out,
-                                  .frame = frame.get(),
+                                  .frame = frame,
                                   .y = y,
                                   .moments = moments,
-                                  .is_first = first == 0,
                                   .scale = scaled ? one.branch.scale + g * out : nullptr,
                                   .shift = scaled ? one.branch.shift + g * out : nullptr,
                                   .shortcut = one.branch.shortcut ? one.branch.shortcut + (y - one.branch.y) : nullptr,
@@ -300,7 +312,7 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
         for (const Prepared& one : all)
             if (one.branch.stats) {
 #pragma omp for schedule(static)
-                for (std::int64_t g = 0; g < input.groups; ++g) join(input, one, g, eps);
+                for (std::int64_t g = 0; g < input.groups; ++g) join(input, strips, one, g, eps, own_sums);
             }
     }
 }

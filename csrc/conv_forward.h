@@ -4,8 +4,8 @@
 //   y[g] = conv(a[g], weight[index[g]]) * scale[g] + shift[g] + shortcut[g], with or without ReLU,
 //
 // for the images of statistics group g; several convolutions may read the same a. Products of pairs of channels by
-// AVX512-BF16, summed in float32; statistics are those of the sums before rounding, taken image by image about a value of the
-// image, and joined in the order of the images: the result does not depend on the number of threads. NaN propagates.
+// AVX512-BF16, summed in float32; statistics are those of the sums before rounding, taken of a few rows at a time about one of
+// their values, and joined in the order of the rows: the result does not depend on the number of threads. NaN propagates.
 #pragma once
 
 #include <cstdint>

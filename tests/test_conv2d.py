@@ -157,6 +157,13 @@ def test_other_convolutions_are_torchs(kernel: int, stride: int, backend: str) -
 
 
 @needs_instructions
+def test_channels_that_do_not_fit_are_refused_by_torch() -> None:
+    x, weight, _ = make_inputs(SHAPES[4])
+    with pytest.raises(RuntimeError, match="channels"):
+        conv2d(x, channels_last(weight[:, :16]))
+
+
+@needs_instructions
 def test_statistics_come_with_the_result() -> None:
     x, weight, _ = make_inputs(SHAPES[4])
     y, stats = measured_conv2d(x, weight.requires_grad_())

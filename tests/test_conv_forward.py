@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bmsn.backend import extension
+from bmsn.errors import InputError
 from bmsn.ops import convolution as module
 from bmsn.ops.conv_bn import conv_bn
 from bmsn.ops.conv_scale import conv_scale, conv_scale_reference
@@ -180,6 +182,17 @@ def test_statistics_survive_a_large_mean() -> None:
     torch.testing.assert_close(rstd, (oracle.var(correction=0) + EPS).rsqrt().expand(1, 16), rtol=1e-4, atol=0)
 
 
+def test_statistics_survive_an_outlier_in_the_first_pixel() -> None:
+    x = torch.randn(4, 16, 96, 96, generator=torch.Generator().manual_seed(0))
+    x[0, 0, 0, 0] = 1000
+    x = channels_last(x.bfloat16())
+    weight = channels_last(torch.eye(16).reshape(16, 16, 1, 1).bfloat16())[None]
+    mean, rstd = conv_bn(x, weight, 1, backend="cpp").stats[:, 0].double()
+    variance, wanted = torch.var_mean(x.double(), (0, 2, 3), correction=0)
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(rstd, (variance + EPS).rsqrt(), rtol=1e-4, atol=0)
+
+
 def test_nan_stays_in_its_pixels_and_group() -> None:
     x, weight, index, stats = make_case((2, 2, 16, 16, 6, 8, 3))
     x[3, 5, 2, 4] = torch.nan
@@ -205,6 +218,25 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.bmsn.conv_bn.default, (x, weight, 2, stats, index, 1, None, "cpp"))
     scaled = (*stats.unbind(), True, x)  # as many outputs as inputs
     torch.library.opcheck(torch.ops.bmsn.conv_scale.default, (x, weight, 2, *scaled, index, 1, "cpp"))
+
+
+def test_fake_tensors_have_no_memory_to_compute_in() -> None:
+    x, weight, *_ = make_case((2, 2, 16, 32, 8, 8, 3))
+    affine = torch.ones(2, 32)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake_x, fake_weight, ones = (mode.from_tensor(t) for t in (x, weight, affine))
+        assert conv_bn(fake_x, fake_weight, 2).y.shape == (4, 32, 8, 8)
+        assert conv_scale(fake_x, fake_weight, 2, scale=ones, shift=ones, relu=True).shape == (4, 32, 8, 8)
+
+
+def test_bad_memory_is_named() -> None:
+    x, weight, index, _ = make_case((2, 2, 16, 16, 6, 8, 3))
+    ones = torch.ones(2, 16)
+    for wrong in (torch.empty(4, 16, 6, 8, dtype=torch.bfloat16), channels_last(x[:2])):
+        with pytest.raises(InputError, match="into must be"):
+            conv_bn(x, weight, 2, weight_index=index, into=[wrong], backend="cpp")
+        with pytest.raises(InputError, match="into must be"):
+            conv_scale(x, weight, 2, scale=ones, shift=ones, relu=True, into=wrong, backend="cpp")
 
 
 def test_a_weight_set_that_is_not_there() -> None:

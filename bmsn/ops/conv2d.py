@@ -22,6 +22,7 @@ from bmsn.ops.checks import loaded_extension
 from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
 
 MAX_CHANNELS = 64  # up to which the weight gradient was measured to pay
+CHOICES = ("cpp", "triton", "reference")  # where all ops shall run in Triton, convolutions are torch's
 
 torch.library.define(
     "bmsn::conv_forward", "(Tensor x, Tensor weight, bool transposed, bool measure) -> (Tensor y, Tensor stats)"
@@ -51,7 +52,7 @@ def measured_conv2d(
 
 
 def _run(x: Tensor, weight: Tensor, stride: int, backend: str, *, measure: bool) -> tuple[Tensor, Tensor | None]:
-    if not _is_ours(x, weight, stride) or resolve("conv2d", backend) != "cpp":
+    if not _is_ours(x, weight, stride) or resolve("conv2d", backend, CHOICES) != "cpp":
         return F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), None
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         y, stats = _Conv2d.apply(x, weight, measure)
@@ -61,11 +62,17 @@ def _run(x: Tensor, weight: Tensor, stride: int, backend: str, *, measure: bool)
 
 
 def _is_ours(x: Tensor, weight: Tensor, stride: int) -> bool:
-    return weight.is_contiguous(memory_format=torch.channels_last) and has_cpp_convolution(x, weight, stride)
+    return (
+        x.shape[1:2] == weight.shape[1:2]
+        and x.device == weight.device
+        and weight.is_contiguous(memory_format=torch.channels_last)
+        and has_cpp_convolution(x, weight, stride)
+    )
 
 
 def has_cpp_gradient(x: Tensor, weight: Tensor) -> bool:
-    """Whether C++ has the weight gradient of this convolution: 3x3, bfloat16, channels_last, 16 to 64 channels."""
+    """Whether C++ has the weight gradient of this convolution: 3x3, 16 to 64 channels, and what
+    `has_cpp_convolution` asks for: bfloat16, channels_last, a width of a multiple of 4."""
     out_channels, in_channels, *kernel = weight.shape
     return (
         has_cpp_convolution(x, weight)

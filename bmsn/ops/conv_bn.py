@@ -25,6 +25,7 @@ from bmsn.ops.checks import (
     check_feature_map,
     check_group_values,
     check_groups,
+    check_same_kind,
     group_shape,
     loaded_extension,
 )
@@ -89,12 +90,12 @@ def conv_bn(
             relu((x - mean) * rstd), computed in that dtype and rounded to that of x; padding is 0 after it.
         overwrite: that input may replace x, which spares a backend that normalises in a pass of its own fresh memory.
         weight_index: (G,) int32: the weight set of each group, 0..S-1 (not checked: that would wait for the GPU).
-            None: 0 for all.
+            None: 0 for all. Our CPU kernel does look, and raises IndexError.
         stride: 1 or 2.
         shortcut_weight: (S, O, I, 1, 1), like `weight`: a 1x1 convolution of the same input with the same stride.
         measure: whether the statistics of y and of the shortcut are wanted.
-        into: memory for y and for the shortcut, which may be returned: it spares our CPU kernel pages that were never
-            touched, to which a CPU writes at a fraction of its speed.
+        into: memory for y and, where there is one, for the shortcut, apart from all that is read; it may be what is
+            returned. Our CPU kernel is spared pages that were never touched, which are slow to write to.
         backend: auto, reference, cpp (one kernel of ours, or oneDNN convolves and C++ does the rest: see
             `bmsn.ops.convolution`) or triton.
     Returns:
@@ -112,7 +113,9 @@ def conv_bn(
         check_group_values(shape[0] // num_groups * shape[2] * shape[3])
     chosen = _resolve("conv_bn", x, backend)
     weights = (weight,) if shortcut_weight is None else (weight, shortcut_weight)
-    if chosen == "cpp" and _is_fused(x, weights, stride, stats):
+    for y in into:
+        check_same_kind("into", y, x, shape)
+    if (into or not measure) and chosen == "cpp" and _is_fused(x, weights, stride, stats):
         return _as_conv_bn(_fused_cpp(x, weights, num_groups, stats, weight_index, measure, into))
     if stats is not None and not (measure and chosen != "cpp"):  # a pass of its own
         x = _normalised(x, stats, chosen, x if overwrite else None)
@@ -198,7 +201,7 @@ def _fused_cpp(
     measure: bool = True,
     into: Sequence[Tensor] = (),
 ) -> list[Tensor]:
-    maps = into or [empty_map(x, w, 1) for w in weights]
+    maps = list(into) or [empty_map(x, w, 1) for w in weights]
     stats_out = [_empty_stats(x, num_groups if measure else 0, w.shape[1]) for w in weights]
     branches = [Branch(*branch) for branch in zip(weights, maps, stats_out, strict=True)]
     convolve_cpp(x, branches, num_groups, stats=stats, weight_index=weight_index)

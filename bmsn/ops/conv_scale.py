@@ -75,11 +75,12 @@ def conv_scale(
     if has_cpp_convolution(x, weight, stride):
         available.insert(0, "cpp")
     chosen = resolve("conv_scale", backend, available, x.device)
-    if chosen == "cpp":
-        y = empty_map(x, weight, 1) if into is None else into
-        branch = Branch(weight, y, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
-        convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
-        return y
+    if into is not None:
+        check_same_kind("into", into, x, shape)
+        if chosen == "cpp":
+            branch = Branch(weight, into, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
+            convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
+            return into
     return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
 
 
@@ -118,9 +119,10 @@ def _conv_scale_impl(
     if backend == "reference":
         return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
     if backend == "cpp":
+        y = empty_map(x, weight, stride)
         return conv_scale(
             x, weight, num_groups, scale=scale, shift=shift, relu=relu, shortcut=shortcut, weight_index=weight_index,
-            backend=backend,
+            stride=stride, into=y, backend=backend,
         )  # fmt: skip
     from bmsn.kernels.conv_bn import launch_conv_scale
 
