@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bmsn.errors import InputError
-from bmsn.ops.conv2d import measured_conv2d
+from bmsn.ops.conv2d import measured_conv2d, normed_conv2d
 from bmsn.ops.norm_relu import Pool, norm_add_relu, norm_relu
 from bmsn.paths import ResolutionPath, architecture_path, check_path
 from bmsn.space import Architecture, Convolution, Layer, PoolKind, SearchSpace
@@ -250,9 +250,12 @@ def run_layer(
     """One layer with the convolutions `weights[name]`, and the pooling behind it if the next layer has one."""
     y, stats = x, None
     for conv in layer.main:
-        if conv is not layer.main[0]:
-            y = norm(y, stats=_together(stats))
-        y, stats = measured_conv2d(y, weights[conv.name], stride=stride if conv.stage == "at" else 1)
+        weight, by = weights[conv.name], stride if conv.stage == "at" else 1
+        if conv is not layer.main[0] and norm is supernet_norm:
+            y, stats = normed_conv2d(y, weight, stats=stats, stride=by)
+        else:
+            y = y if conv is layer.main[0] else norm(y, stats=_together(stats))
+            y, stats = measured_conv2d(y, weight, stride=by)
     if layer.kind == "stem":
         return norm(y, stats=_together(stats), pool=pool)
     if layer.shortcut is not None:

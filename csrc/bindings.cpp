@@ -152,6 +152,15 @@ void bind_norm_relu(py::module_& m) {
         };
         bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
+    const auto gradient = [](const Shape& shape, std::uintptr_t e, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t line,
+                             std::uintptr_t dx, int threads) {
+        const auto [groups, rows, channels] = shape;
+        bmsn::norm_gradient({groups, rows, channels},
+                            {reinterpret_cast<const std::uint16_t*>(e), reinterpret_cast<const std::uint16_t*>(x),
+                             reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(line),
+                             reinterpret_cast<std::uint16_t*>(dx)},
+                            threads);
+    };
     py::enum_<bmsn::Shortcut>(m, "Shortcut")
         .value("none", bmsn::Shortcut::none)
         .value("plain", bmsn::Shortcut::plain)
@@ -159,17 +168,20 @@ void bind_norm_relu(py::module_& m) {
     py::enum_<bmsn::Pool>(m, "Pool").value("max", bmsn::Pool::max).value("avg", bmsn::Pool::mean);
     m.def("batch_statistics", statistics, py::call_guard<py::gil_scoped_release>());
     m.def("norm_add_relu_pool", apply, py::call_guard<py::gil_scoped_release>());
+    m.def("norm_gradient", gradient, py::call_guard<py::gil_scoped_release>());
     m.def("norm_relu", forward, py::call_guard<py::gil_scoped_release>());
     m.def("norm_relu_backward", backward, py::call_guard<py::gil_scoped_release>());
 }
 
-// Addresses come from bmsn.ops.conv2d, which has checked dtypes, shapes and layout and made the output.
+// Addresses (0: not there) come from bmsn.ops.conv2d, which has checked dtypes, shapes and layout and made the output.
 void bind_conv_gradient(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t grad, std::uintptr_t dw, int threads) {
+    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t grad, std::uintptr_t dw,
+                         int threads) {
         const auto [images, height, width, in_channels, out_channels] = shape;
         bmsn::conv_weight_gradient({images, height, width, in_channels, out_channels}, reinterpret_cast<const std::uint16_t*>(x),
-                                   reinterpret_cast<const std::uint16_t*>(grad), reinterpret_cast<std::uint16_t*>(dw), threads);
+                                   reinterpret_cast<const float*>(stats), reinterpret_cast<const std::uint16_t*>(grad),
+                                   reinterpret_cast<std::uint16_t*>(dw), threads);
     };
     m.def("has_conv_weight_gradient", &bmsn::has_conv_weight_gradient);
     m.def("conv_weight_gradient", call, py::call_guard<py::gil_scoped_release>());
@@ -178,23 +190,27 @@ void bind_conv_gradient(py::module_& m) {
 // Addresses (0: not there) come from bmsn.ops.convolution, which has checked dtypes, shapes and layout and made the outputs.
 void bind_conv_forward(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    // kernel, channels, weight, sets, elements between them, transposed, y, its statistics, (scale, shift, shortcut), ReLU
+    // kernel, channels, weight, sets, elements between them, transposed, y, its statistics, (scale, shift, shortcut), ReLU,
+    // (masked by, its statistics)
     using Branch = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, bool, std::uintptr_t,
-                              std::uintptr_t, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>, bool>;
+                              std::uintptr_t, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>, bool,
+                              std::tuple<std::uintptr_t, std::uintptr_t>>;
     const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t weight_index,
                          const std::vector<Branch>& given, double eps, int threads) {
         const auto [groups, images, height, width, in_channels] = shape;
         const auto* const index = reinterpret_cast<const std::int32_t*>(weight_index);
         std::vector<bmsn::ConvBranch> branches;
-        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu] : given) {
+        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu, masked] : given) {
             const auto [scale, shift, shortcut] = scaled;
+            const auto [masked_by, masked_stats] = masked;
             for (std::int64_t g = 0; index && g < groups; ++g)
                 if (index[g] < 0 || index[g] >= sets)
                     throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " + std::to_string(index[g]));
             branches.push_back({kernel, channels, reinterpret_cast<const std::uint16_t*>(weight), sets, set_stride, transposed,
                                 reinterpret_cast<std::uint16_t*>(y), reinterpret_cast<float*>(of_y),
                                 reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift),
-                                reinterpret_cast<const std::uint16_t*>(shortcut), relu});
+                                reinterpret_cast<const std::uint16_t*>(shortcut), relu,
+                                reinterpret_cast<const std::uint16_t*>(masked_by), reinterpret_cast<const float*>(masked_stats)});
         }
         const py::gil_scoped_release nogil;
         bmsn::conv_forward({groups, images, height, width, in_channels, reinterpret_cast<const std::uint16_t*>(x),

@@ -2,7 +2,6 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -13,17 +12,15 @@
 #include <type_traits>
 #include <vector>
 
-#define BMSN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define BMSN_BF16_INLINE inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#include "half_lanes.h"
 
 namespace bmsn {
 namespace {
 
-using Half = std::uint16_t;
 using Bits = std::uint32_t;  // the same pixel of two neighbouring channels
 
-constexpr std::int64_t kLanes = 16, kQuad = 4;  // pixels are taken by the four of a row
-constexpr std::int64_t kFrame = 16384;          // bytes of an image's rows that are computed at a time, so that they stay in L1
+constexpr std::int64_t kQuad = 4;         // pixels are taken by the four of a row
+constexpr std::int64_t kFrame = 16384;  // bytes of an image's rows that are computed at a time, so that they stay in L1
 
 struct Free {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
@@ -33,23 +30,6 @@ using Buffer = std::unique_ptr<T[], Free>;
 template <typename T>
 Buffer<T> make_buffer(std::int64_t size) {
     return Buffer<T>(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), std::align_val_t{64})));
-}
-
-// (all lanes of a mask, because GCC 12 warns of the plain intrinsics' undefined ones)
-constexpr __mmask16 kAll = 0xffff;
-
-BMSN_BF16_INLINE __m512i load_low(const Half* from) {
-    return _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-}
-
-BMSN_BF16_INLINE __m512i load_high(const Half* from) { return _mm512_maskz_slli_epi32(kAll, load_low(from), 16); }
-
-BMSN_BF16_INLINE __m512 widen(const Half* from) { return _mm512_castsi512_ps(load_high(from)); }
-
-BMSN_BF16_INLINE __m512 relu(__m512 x) { return _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), x); }  // a NaN stays
-
-BMSN_BF16_INLINE void narrow(Half* to, __m512 x) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
 }
 
 std::int64_t pairs_of(std::int64_t channels) { return (channels + 1) / 2; }
@@ -88,12 +68,7 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
         if (row < 0 || row == input.height) {
             std::fill_n(to, line, Half{0});
         } else if (mean) {
-            for (std::int64_t c = 0; c < in; c += kLanes) {
-                const __m512 m = _mm512_loadu_ps(mean + c), r = _mm512_loadu_ps(rstd + c);
-                for (std::int64_t p = c; p < size; p += in) {
-                    narrow(to + p, relu(_mm512_mul_ps(_mm512_sub_ps(widen(from + p), m), r)));
-                }
-            }
+            normalise_row(from, size, in, mean, rstd, to);
         } else if (in == pixel) {
             std::memcpy(to, from, static_cast<std::size_t>(size) * sizeof(Half));
         } else {
@@ -102,11 +77,12 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
     }
 }
 
-// What becomes of a convolution: nothing more, moments of it, or what stands behind it with frozen statistics.
-enum class End { plain, measured, scaled };
+// What becomes of a convolution: nothing more, moments of it, what stands behind it with frozen statistics, or ReLU's mask.
+enum class End { plain, measured, scaled, masked };
 
 // Some rows of one image: of how many pixels, where their frame lies and where their results go. `moments` (3, out): a value
-// among these, the sum of all others' distances from it, and of their squares.
+// among these, the sum of all others' distances from it, and of their squares; or, masked, 0, the sum, and that of the products
+// with masked_by - mean.
 struct Rows {
     std::int64_t width, quads, pairs, out;
     const Bits* frame;
@@ -115,6 +91,8 @@ struct Rows {
     const float *scale, *shift;
     const Half* shortcut;
     bool relu;
+    const Half* masked_by;
+    const float* mean;
 };
 
 // kQuads quads of pixels, N vectors of outputs from `o` on. kPairs: the pairs of inputs where the compiler shall know them.
@@ -160,6 +138,13 @@ BMSN_BF16_INLINE void tile(const Rows& rows, const Bits* weight, std::int64_t qu
                 if (rows.shortcut) sum[p][n] = _mm512_add_ps(sum[p][n], widen(rows.shortcut + place));
                 if (rows.relu) sum[p][n] = relu(sum[p][n]);
             }
+            if constexpr (kEnd == End::masked) {
+                const __m512 d = _mm512_sub_ps(widen(rows.masked_by + place), _mm512_loadu_ps(rows.mean + c));
+                const __mmask16 positive = _mm512_cmp_ps_mask(d, _mm512_setzero_ps(), _CMP_NLE_UQ);  // or NaN
+                sum[p][n] = _mm512_maskz_mov_ps(positive, sum[p][n]);
+                moments[1][n] = _mm512_add_ps(moments[1][n], sum[p][n]);
+                moments[2][n] = _mm512_fmadd_ps(sum[p][n], d, moments[2][n]);
+            }
             narrow(rows.y + place, sum[p][n]);
             if constexpr (kEnd == End::measured) {
                 const __m512 d = _mm512_sub_ps(sum[p][n], moments[0][n]);
@@ -177,7 +162,7 @@ BMSN_BF16_INLINE void add_outputs(const Rows& rows, const Bits* weight, std::int
     for (int n = 0; n < N; ++n) moments[0][n] = moments[1][n] = moments[2][n] = _mm512_setzero_ps();
     for (std::int64_t q = 0; q < whole; q += kQuads) tile<N, kQuads, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
     for (std::int64_t q = whole; q < rows.quads; ++q) tile<N, 1, kKernel, kEnd, kPairs>(rows, weight, q, o, moments);
-    if constexpr (kEnd == End::measured)
+    if constexpr (kEnd == End::measured || kEnd == End::masked)
         for (int m = 0; m < 3; ++m)
             for (int n = 0; n < N; ++n) _mm512_storeu_ps(rows.moments + m * rows.out + o + n * kLanes, moments[m][n]);
 }
@@ -219,9 +204,10 @@ struct Prepared {
           set_size(branch.kernel * branch.kernel * pairs_of(input.channels) * branch.channels),
           weights(make_buffer<Bits>(branch.sets * set_size)),
           moments(make_buffer<float>(branch.stats ? input.groups * input.images * strips.count * 3 * branch.channels : 0)),
-          convolve((branch.stats   ? convolver<End::measured>
-                    : branch.scale ? convolver<End::scaled>
-                                   : convolver<End::plain>)(branch.kernel, pairs_of(input.channels))) {}
+          convolve((branch.masked_by ? convolver<End::masked>
+                    : branch.stats   ? convolver<End::measured>
+                    : branch.scale   ? convolver<End::scaled>
+                                     : convolver<End::plain>)(branch.kernel, pairs_of(input.channels))) {}
 };
 
 // Mean and rstd of a group from the moments of its strips, in float64, one after the other (Chan et al. 1979). `sums`: 2 * out.
@@ -246,6 +232,23 @@ void join(const ConvInput& input, const Strips& strips, const Prepared& prepared
         prepared.branch.stats[group * out + c] = static_cast<float>(mean[c]);
         prepared.branch.stats[(input.groups + group) * out + c] =
             static_cast<float>(1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps));
+    }
+}
+
+// The line of a group's gradient from the sums of its strips. `sums`: 2 * out.
+void join_line(const ConvInput& input, const Strips& strips, const Prepared& prepared, std::int64_t group, double* sums) {
+    const ConvBranch& branch = prepared.branch;
+    const std::int64_t out = branch.channels, all = input.images * strips.count;
+    std::fill_n(sums, 2 * out, 0.);
+    const float* from = prepared.moments.get() + group * all * 3 * out;
+    for (std::int64_t n = 0; n < all; ++n, from += 3 * out)
+        for (std::int64_t k = 0; k < 2 * out; ++k) sums[k] += from[out + k];
+    const auto pixels = static_cast<double>(input.images * input.height * input.width);
+    for (std::int64_t c = 0; c < out; ++c) {
+        const std::int64_t linear = (input.groups + group) * out + c;
+        const double rstd = branch.masked_stats[linear], share = rstd / pixels;
+        branch.stats[group * out + c] = static_cast<float>(sums[c] * share);
+        branch.stats[linear] = static_cast<float>(sums[out + c] * rstd * rstd * share);
     }
 }
 
@@ -304,7 +307,9 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
                                   .scale = scaled ? one.branch.scale + g * out : nullptr,
                                   .shift = scaled ? one.branch.shift + g * out : nullptr,
                                   .shortcut = one.branch.shortcut ? one.branch.shortcut + (y - one.branch.y) : nullptr,
-                                  .relu = one.branch.relu},
+                                  .relu = one.branch.relu,
+                                  .masked_by = one.branch.masked_by ? one.branch.masked_by + (y - one.branch.y) : nullptr,
+                                  .mean = one.branch.masked_by ? one.branch.masked_stats + g * out : nullptr},
                                  one.weights.get() + (input.weight_index ? input.weight_index[g] : 0) * one.set_size);
                 }
             }
@@ -312,7 +317,8 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
         for (const Prepared& one : all)
             if (one.branch.stats) {
 #pragma omp for schedule(static)
-                for (std::int64_t g = 0; g < input.groups; ++g) join(input, strips, one, g, eps, own_sums);
+                for (std::int64_t g = 0; g < input.groups; ++g)
+                    one.branch.masked_by ? join_line(input, strips, one, g, own_sums) : join(input, strips, one, g, eps, own_sums);
             }
     }
 }

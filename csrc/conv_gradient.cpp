@@ -2,13 +2,11 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
-#include <immintrin.h>
-
 #include <algorithm>
 #include <bit>
 #include <memory>
 
-#define BMSN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#include "half_lanes.h"
 
 namespace bmsn {
 namespace {
@@ -20,7 +18,7 @@ constexpr std::int64_t kParts = 16;
 using Bits = std::uint32_t;  // the same channel of two neighbouring pixels
 
 // Pairs of a row's pixels (2q, 2q + 1), channels innermost.
-BMSN_BF16 void pair_even(const std::uint16_t* row, std::int64_t width, std::int64_t channels, Bits* to) {
+BMSN_BF16 void pair_even(const Half* row, std::int64_t width, std::int64_t channels, Bits* to) {
     for (std::int64_t q = 0; q < width / 2; ++q)
         for (std::int64_t c = 0; c < channels; c += 8) {
             const auto* const left = reinterpret_cast<const __m128i*>(row + 2 * q * channels + c);
@@ -32,7 +30,7 @@ BMSN_BF16 void pair_even(const std::uint16_t* row, std::int64_t width, std::int6
 }
 
 // Pairs (2q - 1, 2q), of which the first and the last lie half outside of the row: width / 2 + 1.
-BMSN_BF16 void pair_odd(const std::uint16_t* row, std::int64_t width, std::int64_t channels, Bits* to) {
+BMSN_BF16 void pair_odd(const Half* row, std::int64_t width, std::int64_t channels, Bits* to) {
     Bits* const last = to + width / 2 * channels;
     for (std::int64_t c = 0; c < channels; ++c) {
         to[c] = static_cast<Bits>(row[c]) << 16;
@@ -86,33 +84,39 @@ void add_image(const ConvShape& shape, const Paired& from, float* sums) {
     }
 }
 
-void add_images(const ConvShape& shape, std::int64_t first, std::int64_t last, const std::uint16_t* x, const std::uint16_t* grad,
-                float* sums) {
-    const std::int64_t in = shape.in_channels, out = shape.out_channels, pairs = shape.width / 2;
+BMSN_BF16 void add_images(const ConvShape& shape, std::int64_t first, std::int64_t last, const Half* x, const float* stats,
+                          const Half* grad, float* sums) {
+    const std::int64_t in = shape.in_channels, out = shape.out_channels, pairs = shape.width / 2, size = shape.width * in;
+    const auto normalised = std::make_unique_for_overwrite<Half[]>(stats ? size : 0);
     const auto buffer = std::make_unique_for_overwrite<Bits[]>(shape.height * (pairs * (2 * in + out) + in));
     const Paired to{buffer.get(), buffer.get() + shape.height * pairs * in, buffer.get() + shape.height * (2 * pairs + 1) * in};
     for (std::int64_t n = first; n < last; ++n) {
         for (std::int64_t h = 0; h < shape.height; ++h) {
             const std::int64_t row = (n * shape.height + h) * shape.width;
-            pair_even(x + row * in, shape.width, in, to.even + h * pairs * in);
-            pair_odd(x + row * in, shape.width, in, to.odd + h * (pairs + 1) * in);
+            const Half* line = x + row * in;
+            if (stats) {
+                normalise_row(line, size, in, stats, stats + in, normalised.get());
+                line = normalised.get();
+            }
+            pair_even(line, shape.width, in, to.even + h * pairs * in);
+            pair_odd(line, shape.width, in, to.odd + h * (pairs + 1) * in);
             pair_even(grad + row * out, shape.width, out, to.grad + h * pairs * out);
         }
         add_image(shape, to, sums);
     }
 }
 
-std::uint16_t rounded(float x) {  // to bfloat16: nearest, ties to even; a NaN stays one
+Half rounded(float x) {  // to bfloat16: nearest, ties to even; a NaN stays one
     const auto bits = std::bit_cast<Bits>(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<std::uint16_t>((bits >> 16) | 0x40);
-    return static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<Half>((bits >> 16) | 0x40);
+    return static_cast<Half>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 }  // namespace
 
 bool has_conv_weight_gradient() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 
-void conv_weight_gradient(const ConvShape& shape, const std::uint16_t* x, const std::uint16_t* grad, std::uint16_t* dw, int threads) {
+void conv_weight_gradient(const ConvShape& shape, const Half* x, const float* stats, const Half* grad, Half* dw, int threads) {
     const std::int64_t in = shape.in_channels, out = shape.out_channels, size = kTaps * kTaps * in * out;
     const std::int64_t parts = std::min(kParts, shape.images);
     const auto sums = std::make_unique_for_overwrite<float[]>(parts * size);
@@ -121,7 +125,7 @@ void conv_weight_gradient(const ConvShape& shape, const std::uint16_t* x, const 
 #pragma omp for schedule(static)
         for (std::int64_t part = 0; part < parts; ++part) {
             std::fill_n(sums.get() + part * size, size, 0.f);
-            add_images(shape, part * shape.images / parts, (part + 1) * shape.images / parts, x, grad, sums.get() + part * size);
+            add_images(shape, part * shape.images / parts, (part + 1) * shape.images / parts, x, stats, grad, sums.get() + part * size);
         }
 #pragma omp for schedule(static)
         for (std::int64_t block = 0; block < size / kBlock; ++block) {
@@ -145,7 +149,7 @@ void conv_weight_gradient(const ConvShape& shape, const std::uint16_t* x, const 
 namespace bmsn {
 
 bool has_conv_weight_gradient() { return false; }
-void conv_weight_gradient(const ConvShape&, const std::uint16_t*, const std::uint16_t*, std::uint16_t*, int) {}
+void conv_weight_gradient(const ConvShape&, const std::uint16_t*, const float*, const std::uint16_t*, std::uint16_t*, int) {}
 
 }  // namespace bmsn
 

@@ -62,6 +62,13 @@ struct NormBackward {
     std::int64_t width;
 };
 
+// The last step of the backward pass alone, without a shortcut: dx = rstd * e - line[0] - (x - mean) * line[1].
+struct NormGradient {
+    const std::uint16_t *e, *x;
+    const float *stats, *line;  // (2, groups, channels): mean and rstd of x; rstd * mean(e) and rstd^2 * mean(e * xhat)
+    std::uint16_t* dx;          // may be e
+};
+
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads);
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<std::uint16_t>& call, double eps, int threads);
 void batch_statistics(const NormShape& shape, const float* x, float* stats, double eps, int threads);
@@ -70,5 +77,6 @@ void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<f
 void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<std::uint16_t>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads);
+void norm_gradient(const NormShape& shape, const NormGradient& call, int threads);
 
 }  // namespace bmsn

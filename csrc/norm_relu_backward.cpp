@@ -195,4 +195,16 @@ void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackwar
     backward(shape, kind, call, threads);
 }
 
+void norm_gradient(const NormShape& shape, const NormGradient& call, int threads) {
+    const Partition part(shape);
+    const Normalisation norm(shape, call.stats, nullptr);
+    const float* const linear = call.line + shape.groups * shape.channels;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (std::int64_t task = 0; task < part.tasks; ++task) {
+        const std::int64_t at = part.offset(task), group = part.group(task);
+        const Line line{call.line + group * shape.channels, linear + group * shape.channels};
+        gradient_chunk(part.chunk(task), Mask::none, call.e + at, norm.at(call.x, group, at), line, call.dx + at);
+    }
+}
+
 }  // namespace bmsn

@@ -8,11 +8,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bmsn.backend import extension
+from bmsn.errors import InputError
 from bmsn.ops import convolution as module
-from bmsn.ops.conv2d import conv2d, has_cpp_gradient, measured_conv2d
+from bmsn.ops.conv2d import conv2d, has_cpp_gradient, measured_conv2d, normed_conv2d
 from bmsn.ops.conv_bn import batch_statistics
+from bmsn.ops.convolution import Branch, convolve_cpp
+from bmsn.ops.norm_relu import norm_relu
 from oracles import assert_no_worse
-from stacked import channels_last, random_map
+from stacked import assert_guards_hold, channels_last, guarded, random_map
 
 cpp = extension()
 needs_instructions = pytest.mark.skipif(
@@ -98,7 +101,9 @@ def test_nothing_is_read_or_written_out_of_bounds(shape: tuple[int, ...]) -> Non
         return torch.cat([ends, tensor.permute(0, 2, 3, 1).flatten(), ends])
 
     buffers = [guarded(t) for t in (x, grad, torch.full_like(weight, torch.nan))]
-    cpp.conv_weight_gradient((images, height, width, i, o), *(b[64:].data_ptr() for b in buffers), 2)
+    cpp.conv_weight_gradient(
+        (images, height, width, i, o), buffers[0][64:].data_ptr(), 0, *(b[64:].data_ptr() for b in buffers[1:]), 2
+    )
     assert buffers[2][:64].isnan().all()
     assert buffers[2][-64:].isnan().all()
     wanted = gradients(conv2d, x, weight, grad)[2]
@@ -111,7 +116,7 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     try:
         for threads in (1, 3):
             torch.set_num_threads(threads)
-            results.append(torch.ops.bmsn.conv_weight_gradient(inputs[0], inputs[2]))
+            results.append(torch.ops.bmsn.conv_weight_gradient(inputs[0], None, inputs[2]))
     finally:
         torch.set_num_threads(num_threads)
     assert torch.equal(*results)
@@ -177,6 +182,124 @@ def test_statistics_come_with_the_result() -> None:
 def test_opcheck() -> None:
     x, weight, grad = make_inputs(SHAPES[0])
     for measure in (False, True):
-        torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (x, weight, False, measure))
-    torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (grad, weight, True, False))
-    torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, grad))
+        torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (x, weight, None, False, measure))
+    torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (grad, weight, None, True, False))
+    torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, None, grad))
+
+
+# normed_conv2d: the convolution of relu(norm(x)). ----------------------------------------------------------------------
+
+
+def measured(x: Tensor) -> Tensor:
+    return batch_statistics(x, 1)
+
+
+def normed(x: Tensor, weight: Tensor) -> Tensor:
+    return normed_conv2d(x, weight, stats=measured(x.detach()), backend="cpp")[0]
+
+
+def one_after_the_other(x: Tensor, weight: Tensor) -> Tensor:
+    stats = measured(x.detach())[None] if x.dtype == torch.bfloat16 else None
+    return conv2d(norm_relu(x, stats=stats), weight)
+
+
+@needs_instructions
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_normed_error_is_at_most_twice_eager(shape: tuple[int, ...]) -> None:
+    inputs = make_inputs(shape)
+    oracle = gradients(one_after_the_other, *(t.double() for t in inputs))
+    eager = gradients(lambda x, w: torchs(norm_relu(x, backend="reference"), w), *inputs)
+    for ours, theirs, wide in zip(gradients(normed, *inputs), eager, oracle, strict=True):
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert_no_worse(ours, eager=theirs, oracle=wide)
+
+
+@needs_instructions
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_normed_is_bit_for_bit_what_it_replaces(shape: tuple[int, ...]) -> None:
+    """But for dx, whose sums are taken before it is rounded."""
+    inputs = make_inputs(shape)
+    found, wanted = gradients(normed, *inputs), gradients(one_after_the_other, *inputs)
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[2], wanted[2])
+    torch.testing.assert_close(found[1], wanted[1], rtol=2e-2, atol=2e-2 * wanted[1].abs().max().item())
+    x, weight, _ = inputs
+    _, stats = normed_conv2d(x, weight, stats=measured(x))
+    assert torch.equal(stats, measured_conv2d(norm_relu(x, stats=measured(x)[None]), weight)[1])
+
+
+@needs_instructions
+@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+def test_normed_gradients_stay_in_bounds(shape: tuple[int, ...]) -> None:
+    x, weight, grad = make_inputs(shape)
+    stats = measured(x)
+    ops = torch.ops.bmsn
+    wanted = (ops.normed_conv_gradient(grad, weight, x, stats), ops.conv_weight_gradient(x, stats, grad))
+    given = {name: guarded(t) for name, t in (("x", x), ("weight", weight), ("grad", grad), ("stats", stats))}
+    found = (
+        ops.normed_conv_gradient(given["grad"], given["weight"], given["x"], given["stats"]),
+        ops.conv_weight_gradient(given["x"], given["stats"], given["grad"]),
+    )
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    given |= {"e": guarded(x, poison=True), "line": guarded(stats, poison=True)}
+    written = Branch(weight[None], given["e"], given["line"], True, masked_by=x, masked_stats=stats)
+    convolve_cpp(grad, [written])
+    assert not any(given[name].isnan().any() for name in ("e", "line"))
+    assert_guards_hold(**given)
+
+
+@needs_instructions
+def test_normed_gradients_do_not_depend_on_the_number_of_threads() -> None:
+    inputs, num_threads, results = make_inputs((37, 32, 16, 5, 4)), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            results.append(gradients(normed, *inputs))
+    finally:
+        torch.set_num_threads(num_threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_instructions
+def test_a_channel_with_nan_has_no_gradient() -> None:
+    """Its statistics are NaN: so are all of its dx, and all of dw that is made of it; no other channel is touched."""
+    x, weight, grad = make_inputs((2, 16, 16, 4, 4))
+    stats = measured(x)
+    x[1, 3, 2, 2] = torch.nan
+    stats[:, :, 3] = torch.nan
+    dx = torch.ops.bmsn.normed_conv_gradient(grad, weight, x, stats)
+    dw = torch.ops.bmsn.conv_weight_gradient(x, stats, grad)
+    assert dx[:, 3].isnan().all()
+    assert dx.isnan().sum() == dx[:, 3].numel()
+    assert dw[:, 3].isnan().all()
+    assert dw.isnan().sum() == dw[:, 3].numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("channels", "stride", "known"), [(16, 2, True), (16, 1, False), (8, 1, True), (96, 1, True)])
+def test_what_is_not_ours_of_a_normed_one_is_done_in_two_steps(
+    dtype: torch.dtype, channels: int, stride: int, known: bool
+) -> None:
+    x, weight = (random_map(n, channels, 4, 8, seed=n, dtype=dtype) for n in (4, 16))
+    weight = channels_last(weight[:, :, :3, :3])
+    stats = measured(x) if known else None
+    grad = random_map(4, 16, 4 // stride, 8 // stride, seed=3, dtype=dtype)
+    found = gradients(lambda a, w: normed_conv2d(a, w, stats=stats, stride=stride)[0], x, weight, grad)
+    given = None if stats is None else stats[None]
+    wanted = gradients(lambda a, w: conv2d(norm_relu(a, stats=given), w, stride=stride), x, weight, grad)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@needs_instructions
+def test_statistics_of_another_shape_are_refused() -> None:
+    x, weight, _ = make_inputs(SHAPES[4])
+    with pytest.raises(InputError, match="stats"):
+        normed_conv2d(x, weight, stats=measured(x)[:, 0])
+
+
+@needs_instructions
+def test_opcheck_of_the_normed_gradients() -> None:
+    x, weight, grad = make_inputs(SHAPES[0])
+    torch.library.opcheck(torch.ops.bmsn.conv_forward.default, (x, weight, measured(x), False, True))
+    torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, measured(x), grad))
+    torch.library.opcheck(torch.ops.bmsn.normed_conv_gradient.default, (grad, weight, x, measured(x)))

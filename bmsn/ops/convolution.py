@@ -108,6 +108,9 @@ class Branch(NamedTuple):
         scale, shift: (G, O) float32, contiguous: y is multiplied and shifted by them; None: neither. Not with stats.
         shortcut: like y, added after that; None: nothing is.
         relu: whether ReLU comes last, with a scale.
+        masked_by: (B, I, H, W), like y, with transposed: y is 0 where it is not greater than its mean, as ReLU behind
+            its normalisation makes it, and `stats` gets the two terms of `bmsn::norm_gradient`; None: not masked.
+        masked_stats: (2, G, I) float32, contiguous: mean and rstd of masked_by.
     """
 
     weight: Tensor
@@ -118,6 +121,8 @@ class Branch(NamedTuple):
     shift: Tensor | None = None
     shortcut: Tensor | None = None
     relu: bool = False
+    masked_by: Tensor | None = None
+    masked_stats: Tensor | None = None
 
 
 def convolve_cpp(
@@ -141,10 +146,18 @@ def convolve_cpp(
         *(x.data_ptr(), address(stats), address(weight_index)),
         [
             (
-                *(w.shape[-1], y.shape[1], w.data_ptr(), len(w), w.stride(0), transposed, y.data_ptr(), address(of_y)),
-                *(tuple(map(address, scaled)), relu),
+                *(
+                    b.weight.shape[-1],
+                    b.y.shape[1],
+                    b.weight.data_ptr(),
+                    len(b.weight),
+                    b.weight.stride(0),
+                    b.transposed,
+                ),
+                *(b.y.data_ptr(), address(b.stats), tuple(map(address, (b.scale, b.shift, b.shortcut))), b.relu),
+                tuple(map(address, (b.masked_by, b.masked_stats))),
             )
-            for w, y, of_y, transposed, *scaled, relu in branches
+            for b in branches
         ],
         *(EPS, torch.get_num_threads()),
     )
