@@ -11,8 +11,9 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 search: .venv/.installed
 	$(RUN) bmsn.search --fast-eval
 
+# A process a core, of one thread each: they would wait for one another in every parallel loop.
 test: .venv/.test
-	$(RUN) pytest
+	OMP_NUM_THREADS=1 $(RUN) pytest --numprocesses auto --dist loadfile
 
 check: .venv/.check
 	$(RUN) ruff check
