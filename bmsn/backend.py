@@ -97,8 +97,8 @@ def resolve(
     Returns:
         "reference", "cpp" or "triton".
     Raises:
-        InputError: no backend of that name, or the op has none of that name.
-        RuntimeError: the backend was asked for by name and cannot run here; the message says why.
+        InputError: no backend of that name, or the op has none of that name, or it was asked for by name and cannot run
+            here; the message says why.
     """
     asked, source = backend, "backend"
     if backend == "auto":
@@ -118,7 +118,7 @@ def resolve(
         raise InputError(f"{source} is {asked!r}, but {op} has only: {', '.join(choices)}")
     runs, reason = _state(asked, device)
     if not runs:
-        raise RuntimeError(f"{op}: {source} asks for {asked!r}, which cannot run: {reason}")
+        raise InputError(f"{op}: {source} asks for {asked!r}, which cannot run: {reason}")
     return asked
 
 
@@ -138,7 +138,7 @@ class BackendReport:
 def _choice(op: str, device: torch.device) -> str:
     try:
         return resolve(op, device=device)
-    except (InputError, RuntimeError) as error:  # BMSN_BACKEND names one that cannot run: the report says so
+    except InputError as error:  # BMSN_BACKEND names one that cannot run: the report says so
         return f"error: {error}"
 
 

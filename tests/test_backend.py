@@ -50,11 +50,11 @@ def test_auto_falls_back_and_says_why(caplog: pytest.LogCaptureFixture, monkeypa
 def test_asked_for_by_name_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.resolve("balance", "reference") == "reference"
     with pytest.raises(
-        RuntimeError, match=r"backend asks for 'cpp', which cannot run: bmsn\._C does not load: a reason"
+        InputError, match=r"backend asks for 'cpp', which cannot run: bmsn\._C does not load: a reason"
     ):
         backend.resolve("balance", "cpp")
     monkeypatch.setenv("BMSN_BACKEND", "cpp")
-    with pytest.raises(RuntimeError, match=r"BMSN_BACKEND asks for 'cpp'"):
+    with pytest.raises(InputError, match=r"BMSN_BACKEND asks for 'cpp'"):
         backend.resolve("balance")
 
 
@@ -80,12 +80,12 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_triton_is_for_cuda_tensors_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     choices = ("triton", "reference")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RuntimeError, match=r"pip install 'bmsn\[triton\]'"):
+    with pytest.raises(InputError, match=r"pip install 'bmsn\[triton\]'"):
         backend.resolve("balance", "triton", choices, "cuda")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     assert backend.resolve("balance", "auto", choices, "cuda") == "triton"
     assert backend.resolve("balance", "auto", choices, "cpu") == "reference"
-    with pytest.raises(RuntimeError, match="Triton needs CUDA tensors"):
+    with pytest.raises(InputError, match="Triton needs CUDA tensors"):
         backend.resolve("balance", "triton", choices, "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend.resolve("balance", "triton", choices, "cpu") == "triton"

@@ -68,7 +68,7 @@ def test_without_a_compiler_it_installs_with_a_warning_and_runs_on_the_reference
     run = run_outside(environment.python, "-c", code, folder=tmp_path, check=False).stdout
     assert run.count("bmsn runs on its slow reference backend") == 1  # said once, to who runs it
     assert "reference reference\n" in run
-    assert "RuntimeError: balance: backend asks for 'cpp', which cannot run: bmsn._C was not built" in run
+    assert "InputError: balance: backend asks for 'cpp', which cannot run: bmsn._C was not built" in run
 
 
 @pytest.mark.parametrize(("wanted", "compiler", "succeeds"), [("1", "/nonexistent", False), ("0", "c++", True)])
