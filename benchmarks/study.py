@@ -136,7 +136,7 @@ def _cells(name: str, summary: Summary | None, digits: int) -> dict[str, str]:
     """Mean, interval and number of seeds; empty where there are none."""
     low, high = (summary and summary.bootstrap) or (None, None)
     values = (summary.mean if summary else None, low, high)
-    texts = ["" if value is None else f"{round(value, digits) + 0.0:.{digits}f}" for value in values]
+    texts = ["" if value is None else f"{value:z.{digits}f}" for value in values]
     return dict(zip((name + part for part in _PARTS), [*texts, str(summary.n if summary else 0)], strict=True))
 
 

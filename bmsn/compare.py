@@ -128,7 +128,7 @@ def _both(summary: Summary, digits: int) -> str:
 
 
 def _fixed(value: float, digits: int) -> str:
-    return f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no "-0.00"
+    return f"{value:z.{digits}f}"  # z: no "-0.00"
 
 
 def _notes(comparison: Comparison) -> list[str]:

@@ -17,12 +17,15 @@ from bmsn.reporting_page import Block, Cell, Code, Heading, Plot, Row, Table, Te
 _FILE, _SCHEMA = "comparison.json", 1
 _HEAD = ("budget", "method", "seeds")
 _PICKED = (
-    ("accuracy", "accuracy %", "{:.2f}"), ("regret_top1", "regret", "{:.2f}"), ("regret_top3", "top 3", "{:.2f}"),
-    ("regret_top5", "top 5", "{:.2f}"), ("macs_ratio", "MACs", "{:.2f}x"), ("gain_within_macs", "gain at 1x", "{:.2f}"),
+    ("accuracy", "accuracy %", "{:z.2f}"), ("regret_top1", "regret", "{:z.2f}"), ("regret_top3", "top 3", "{:.2f}"),
+    ("regret_top5", "top 5", "{:.2f}"), ("macs_ratio", "MACs", "{:.2f}x"),
+    ("gain_within_macs", "gain at 1x", "{:z.2f}"),
 )  # fmt: skip
 _RANKED = (
-    ("kendall_tau_b", "tau-b", "{:.3f}"), ("spearman", "Spearman", "{:.3f}"), ("partial_kendall", "partial", "{:.3f}"),
-)  # fmt: skip
+    ("kendall_tau_b", "tau-b", "{:z.3f}"),
+    ("spearman", "Spearman", "{:z.3f}"),
+    ("partial_kendall", "partial", "{:z.3f}"),
+)
 _PAIRED = (_PICKED[0], _PICKED[1], _PICKED[5], *_RANKED)
 _COSTS = (("training_images", "training images"), ("validation_images", "validation images"))
 _TO_REPRODUCE = ("space", "pool", "data", "data_fingerprint", "truth", "seeds", "budgets", "settings", "methods")

@@ -49,9 +49,7 @@ def test_auto_falls_back_and_says_why(caplog: pytest.LogCaptureFixture, monkeypa
 @pytest.mark.usefixtures("no_extension")
 def test_asked_for_by_name_runs_or_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.resolve("balance", "reference") == "reference"
-    with pytest.raises(
-        InputError, match=r"backend asks for 'cpp', which cannot run: bmsn\._C does not load: a reason"
-    ):
+    with pytest.raises(InputError, match=r"backend asks for 'cpp', which cannot run: bmsn\._C does not load: a reason"):
         backend.resolve("balance", "cpp")
     monkeypatch.setenv("BMSN_BACKEND", "cpp")
     with pytest.raises(InputError, match=r"BMSN_BACKEND asks for 'cpp'"):
