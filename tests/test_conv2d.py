@@ -187,7 +187,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.bmsn.conv_weight_gradient.default, (x, None, grad))
 
 
-# normed_conv2d: the convolution of relu(norm(x)). ----------------------------------------------------------------------
+# normed_conv2d: the convolution of relu(norm(x)). ---------------------------------------------------------------------
 
 
 def measured(x: Tensor) -> Tensor:
