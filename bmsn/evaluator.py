@@ -22,6 +22,7 @@ from bmsn.execution import Memory, Norm, run_batches
 from bmsn.network import SupernetMixture, check_images
 from bmsn.ops.checks import MAX_GROUP_PIXELS
 from bmsn.plan import CHUNK_BYTES, EvaluationPlan, Pair
+from bmsn.space import Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +62,7 @@ def score_architectures(
     labels: Tensor,
     pairs: Sequence[Pair] | None = None,
     batch_size: int = 256,
-    norm: NormKind = "batch",
+    norm: NormKind | Norm = "batch",
     backend: str = "auto",
     max_bytes: int | None = None,
     calibration_images: Tensor | None = None,
@@ -75,15 +76,16 @@ def score_architectures(
         images: (N, C, H, W) float32, bfloat16 or float64, normalised, in any memory format: their dtype is that of the
             computation. Or uint8 (N, H, W, C): normalised by `mixture.pixel_table`, computed in float32 (float64 if the
             weights are). H and W are multiples of `space.total_stride`.
-        labels: (N,) integers in [0, num_classes).
+        labels: (N,) integers (not bool) in [0, num_classes).
         pairs: (architecture, supernet index), each once; None: `all_pairs`.
         batch_size: images in a statistics group; the last, smaller batch is a group of its own.
         norm: where BatchNorm's statistics come from. "batch": each scoring batch of each pair. "calibrated": measured
             once on all of `calibration_images` together and then frozen, so that an image's result depends on no other.
+            What `calibrate` returned: frozen before this call, for several calls with the same weights.
         backend: "auto", "reference", "cpp" or "triton": of the ops, see `bmsn.backend.resolve`.
         max_bytes: bound on the activations alive at one time; images, weights and the convolution library's own
-            workspace do not count. None: about 1 GiB on a CPU, a quarter of what is free on a GPU, or one
-            state's need if that is more.
+            workspace do not count. None: 1 GiB on a CPU, a quarter of what is free on a GPU, or one state's need if
+            that is more.
         calibration_images: like `images`, for norm="calibrated" alone; usually from the training half.
     Returns:
         Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16. A supernet
@@ -91,23 +93,49 @@ def score_architectures(
     Raises:
         InputError: any of these out of range, or `max_bytes` too small for one state (says how much is needed).
     """
-    if norm not in ("batch", "calibrated"):
-        raise InputError(f"norm must be 'batch' or 'calibrated'; got {norm!r}")
+    if not isinstance(norm, Norm) and norm not in ("batch", "calibrated"):
+        raise InputError(f"norm must be 'batch', 'calibrated' or what calibrate returned; got {norm!r}")
     if (norm == "calibrated") != (calibration_images is not None):
         raise InputError(f"calibration_images are needed for norm='calibrated' and for nothing else; norm is {norm!r}")
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
     images, labels = _checked(mixture, images, labels, pairs, batch_size)
     _warn_of_nan(mixture, pairs)
-    run = partial(_run_plan, mixture, pairs=pairs, backend=backend, max_bytes=max_bytes)
-    if calibration_images is None:
-        correct = run(images, labels, batch_size, Norm())
-    else:
-        nothing = torch.zeros(len(calibration_images), dtype=torch.int64)
-        calibration_images, nothing = _checked(mixture, calibration_images, nothing, pairs, max(2, len(nothing)))
-        measured = Norm(kept={})
-        run(calibration_images.to(images.dtype), nothing, len(nothing), measured)
-        correct = run(images, labels, batch_size, Norm(frozen=measured.kept))
+    if calibration_images is not None:
+        norm = calibrate(mixture, calibration_images, pairs, images.dtype, backend, max_bytes)
+    elif not isinstance(norm, Norm):
+        norm = Norm()
+    correct = _run_plan(mixture, images, labels, batch_size, norm, pairs=pairs, backend=backend, max_bytes=max_bytes)
     return Scores(pairs, correct.cpu(), len(images))
+
+
+@torch.no_grad()
+def calibrate(
+    mixture: SupernetMixture,
+    images: Tensor,
+    pairs: Sequence[Pair],
+    dtype: torch.dtype,
+    backend: str = "auto",
+    max_bytes: int | None = None,
+) -> Norm:
+    """BatchNorm's statistics of all of `images` together, frozen for `score_architectures`.
+
+    Args:
+        mixture, images, pairs, backend, max_bytes: as for `score_architectures`; no other pairs can be scored.
+        dtype: of the images that will be scored, and of the computation.
+    Raises:
+        InputError: as `score_architectures`, of `calibration_images`.
+    """
+    try:
+        nothing = torch.zeros(len(images), dtype=torch.int64)
+        images, nothing = _checked(mixture, images, nothing, pairs, max(2, len(nothing)))
+        measured = Norm(kept={})
+        _run_plan(
+            mixture, images.to(dtype), nothing, len(nothing), measured,
+            pairs=pairs, backend=backend, max_bytes=max_bytes,
+        )  # fmt: skip
+    except InputError as error:
+        raise InputError(f"calibration_images: {error}") from error
+    return Norm(frozen=measured.kept)
 
 
 @torch.no_grad()
@@ -150,11 +178,12 @@ def make_plan(
         try:
             found = plan(batch_size=one, max_bytes=_default_max_bytes(images.device))
         except InputError:  # not even one state fits
-            return plan(batch_size=one)
+            found = plan(batch_size=one, max_bytes=plan(batch_size=one).least_bytes)
     else:
         found = plan(batch_size=one, max_bytes=max_bytes)
-    if found.max_bytes is None or not _is_gpu(images.device):
+    if not _is_gpu(images.device):
         return found
+    assert found.max_bytes is not None
     stem = size[0] * size[1] // 4 * mixture.space.stem_width if mixture.space.stem == "large" else 0
     batches = min(
         found.max_bytes // plan(batch_size=one).peak_bytes,
@@ -181,9 +210,15 @@ def _checked(
     mixture: SupernetMixture, images: Tensor, labels: Tensor, pairs: Sequence[Pair], batch_size: int
 ) -> tuple[Tensor, Tensor]:
     """Images as (N, C, H, W) of the dtype of the computation and labels, both on the mixture's device."""
-    if batch_size < 2:
-        raise InputError(f"batch_size must be at least 2; got {batch_size}")
-    for index, (_, supernet) in enumerate(pairs):
+    if not isinstance(batch_size, int) or batch_size < 2:
+        raise InputError(f"batch_size must be an integer of at least 2; got {batch_size}")
+    for name, tensor in (("images", images), ("labels", labels)):
+        if tensor.device.type not in ("cpu", "cuda"):
+            raise InputError(f"{name} must lie on the CPU or on a CUDA device; got device {tensor.device}")
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, tuple) or len(pair) != 2 or not isinstance(pair[0], Architecture):
+            raise InputError(f"pairs[{index}] must be (Architecture, supernet index); got {pair!r}")
+        supernet = pair[1]
         if not 0 <= supernet < mixture.num_supernets:
             raise InputError(f"pairs[{index}]: supernet must be in 0..{mixture.num_supernets - 1}; got {supernet}")
     device = mixture.arena.device
@@ -195,7 +230,7 @@ def _checked(
     check_images(
         mixture, images[len(images) // batch_size * batch_size :] if len(images) % batch_size else images[:batch_size]
     )
-    if labels.shape != images.shape[:1] or labels.is_floating_point():
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.dtype == torch.bool:
         raise InputError(f"labels must be {len(images)} integers; got {tuple(labels.shape)} of {labels.dtype}")
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < mixture.num_classes:
         bad = int(((labels < 0) | (labels >= mixture.num_classes)).nonzero()[0])

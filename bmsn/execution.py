@@ -85,6 +85,7 @@ def run_batches(
 
     In every state they are `num_groups` statistics groups, at most `plan.batch_size` images in all.
     """
+    in_cpp = resolve("conv_bn", backend, device=images.device) == "cpp"
     for wave in plan.waves:
         source_shape = plan.map_shape(wave.layer - 1, wave.num_pools - wave.strides) if wave.layer else images.shape[1:]
         shape = channels, height, width = plan.map_shape(wave.layer, wave.num_pools)
@@ -105,7 +106,7 @@ def run_batches(
                 correct[places] += head(
                     ends, labels, rows(weights.head_weight), rows(weights.head_bias), num_states,
                     weight_index=rows.of_states,
-                    backend="auto" if backend == "cpp" else backend,  # too little work for a C++ version of its own
+                    backend="reference" if in_cpp else backend,  # too little work for a C++ version of its own
                 )  # fmt: skip
 
 

@@ -101,6 +101,9 @@ class _Map:
 class EvaluationPlan:
     """Waves that score `pairs`, in the order of their execution; `print` it to read them.
 
+    Attributes:
+        least_bytes: the smallest `max_bytes` that these pairs, batches and activations allow.
+
     Args:
         space: whose architectures the pairs name.
         pairs: (architecture, supernet index), each at most once.
@@ -135,9 +138,11 @@ class EvaluationPlan:
         self._waves: list[tuple[list[_Node], dict[_Node, _Map], Wave]] = []
         self._tops = [0, 0]  # bytes in use on the two sides
         self._arena_bytes = self._peak = 0
-        need = max(self._need(image) for image in images)
-        if need > self._cap:
-            raise InputError(f"max_bytes must be at least {need} for this space, batch size and dtype; got {max_bytes}")
+        self.least_bytes = max(self._need(image) for image in images)
+        if self.least_bytes > self._cap:
+            raise InputError(
+                f"max_bytes must be at least {self.least_bytes} for this space, batch size and dtype; got {max_bytes}"
+            )
         self._descend(images, 0)
         self.waves = tuple(self._placed(*wave) for wave in self._waves)
 

@@ -203,6 +203,7 @@ void bind_conv_forward(py::module_& m) {
         for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu, masked] : given) {
             const auto [scale, shift, shortcut] = scaled;
             const auto [masked_by, masked_stats] = masked;
+            if (masked_by && !(of_y && masked_stats)) throw py::value_error("masked_by needs stats and masked_stats");
             for (std::int64_t g = 0; index && g < groups; ++g)
                 if (index[g] < 0 || index[g] >= sets)
                     throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " + std::to_string(index[g]));

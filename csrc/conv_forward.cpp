@@ -19,7 +19,7 @@ namespace {
 
 using Bits = std::uint32_t;  // the same pixel of two neighbouring channels
 
-constexpr std::int64_t kQuad = 4;         // pixels are taken by the four of a row
+constexpr std::int64_t kQuad = 4;       // pixels are taken by the four of a row
 constexpr std::int64_t kFrame = 16384;  // bytes of an image's rows that are computed at a time, so that they stay in L1
 
 struct Free {

@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
+#include <omp.h>
+
 #include <algorithm>
 #include <bit>
 #include <memory>
@@ -85,18 +87,17 @@ void add_image(const ConvShape& shape, const Paired& from, float* sums) {
 }
 
 BMSN_BF16 void add_images(const ConvShape& shape, std::int64_t first, std::int64_t last, const Half* x, const float* stats,
-                          const Half* grad, float* sums) {
+                          const Half* grad, Bits* buffer, float* sums) {
     const std::int64_t in = shape.in_channels, out = shape.out_channels, pairs = shape.width / 2, size = shape.width * in;
-    const auto normalised = std::make_unique_for_overwrite<Half[]>(stats ? size : 0);
-    const auto buffer = std::make_unique_for_overwrite<Bits[]>(shape.height * (pairs * (2 * in + out) + in));
-    const Paired to{buffer.get(), buffer.get() + shape.height * pairs * in, buffer.get() + shape.height * (2 * pairs + 1) * in};
+    const Paired to{buffer, buffer + shape.height * pairs * in, buffer + shape.height * (2 * pairs + 1) * in};
+    auto* const normalised = reinterpret_cast<Half*>(to.grad + shape.height * pairs * out);  // one row
     for (std::int64_t n = first; n < last; ++n) {
         for (std::int64_t h = 0; h < shape.height; ++h) {
             const std::int64_t row = (n * shape.height + h) * shape.width;
             const Half* line = x + row * in;
             if (stats) {
-                normalise_row(line, size, in, stats, stats + in, normalised.get());
-                line = normalised.get();
+                normalise_row(line, size, in, stats, stats + in, normalised);
+                line = normalised;
             }
             pair_even(line, shape.width, in, to.even + h * pairs * in);
             pair_odd(line, shape.width, in, to.odd + h * (pairs + 1) * in);
@@ -120,12 +121,16 @@ void conv_weight_gradient(const ConvShape& shape, const Half* x, const float* st
     const std::int64_t in = shape.in_channels, out = shape.out_channels, size = kTaps * kTaps * in * out;
     const std::int64_t parts = std::min(kParts, shape.images);
     const auto sums = std::make_unique_for_overwrite<float[]>(parts * size);
+    // x paired twice, grad once, and a row of x: here, because nothing may throw in a parallel region
+    const std::int64_t buffer_size = shape.height * (shape.width / 2 * (2 * in + out) + in) + shape.width * in / 2;
+    const auto buffers = std::make_unique_for_overwrite<Bits[]>(threads * buffer_size);
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(static)
         for (std::int64_t part = 0; part < parts; ++part) {
             std::fill_n(sums.get() + part * size, size, 0.f);
-            add_images(shape, part * shape.images / parts, (part + 1) * shape.images / parts, x, stats, grad, sums.get() + part * size);
+            add_images(shape, part * shape.images / parts, (part + 1) * shape.images / parts, x, stats, grad,
+                       buffers.get() + omp_get_thread_num() * buffer_size, sums.get() + part * size);
         }
 #pragma omp for schedule(static)
         for (std::int64_t block = 0; block < size / kBlock; ++block) {

@@ -11,8 +11,6 @@
 namespace bmsn {
 namespace {
 
-// totals (3, channels): sum of e, sum of e * (x - mean), and the same product for a normalised shortcut.
-// With a shortcut e is left in `active`: it is the gradient of a plain one.
 // ReLU's mask: there is none (any more), or it is that of the centred x, of norm(x), or of the result.
 enum class Mask { none, centred, norm, result };
 
@@ -20,6 +18,8 @@ BMSN_INLINE Mask mask_of(Shortcut kind, bool masked, bool affine) {
     return !masked ? Mask::none : kind != Shortcut::none ? Mask::result : affine ? Mask::norm : Mask::centred;
 }
 
+// totals (3, channels): sum of e, sum of e * (x - mean), and the same product for a normalised shortcut.
+// With a shortcut e is left in `active`: it is the gradient of a plain one.
 template <Shortcut kind, Mask mask, typename T>
 BMSN_INLINE void sum_gradients(const Chunk& chunk, const T* grad, const T* y, const Branch<T>& main, const Branch<T>& shortcut,
                                T* active, double* totals) {

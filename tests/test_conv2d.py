@@ -1,19 +1,24 @@
-"""conv2d: its C++ weight gradient against float64, bounds, threads, and where it is not taken."""
+"""conv2d and normed_conv2d: C++ gradients against float64, bounds, threads, and where they are not taken."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bmsn.backend import extension
 from bmsn.errors import InputError
+from bmsn.network import SupernetMixture
 from bmsn.ops import convolution as module
 from bmsn.ops.conv2d import conv2d, has_cpp_gradient, measured_conv2d, normed_conv2d
 from bmsn.ops.conv_bn import batch_statistics
 from bmsn.ops.convolution import Branch, convolve_cpp
 from bmsn.ops.norm_relu import norm_relu
+from bmsn.space import SearchSpace
 from oracles import assert_no_worse
 from stacked import assert_guards_hold, channels_last, guarded, random_map
 
@@ -215,6 +220,33 @@ def test_normed_error_is_at_most_twice_eager(shape: tuple[int, ...]) -> None:
 
 
 @needs_instructions
+def test_a_supernet_takes_it_and_only_the_gradients_that_are_wanted() -> None:
+    nets = SupernetMixture(SearchSpace.named("resnet14-cifar10"), 1, 10)
+    seen: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: object, args: Any = (), kwargs: Any = None) -> object:
+            place = {"bmsn.conv_forward.default": 2, "bmsn.conv_weight_gradient.default": 1}.get(str(op))  # stats
+            seen.append(str(op) + (" normed" if place and args[place] is not None else ""))
+            return op(*args, **(kwargs or {}))
+
+    images = random_map(2, 3, 32, 32, seed=1, dtype=torch.bfloat16)
+    with Calls():
+        nets(images, nets.space.default, 0).sum().backward()
+    assert seen.count("bmsn.conv_forward.default normed") == 6  # a block each
+    assert seen.count("bmsn.conv_weight_gradient.default normed") == 6
+    assert seen.count("bmsn.normed_conv_gradient.default") == 6
+    x, weight, grad = make_inputs(SHAPES[3])
+    for of_x in (False, True):
+        seen.clear()
+        x.requires_grad_(of_x), weight.requires_grad_(not of_x)
+        with Calls():
+            normed(x, weight).backward(grad)
+        assert ("bmsn.normed_conv_gradient.default" in seen) is of_x
+        assert ("bmsn.conv_weight_gradient.default normed" in seen) is not of_x
+
+
+@needs_instructions
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_normed_is_bit_for_bit_what_it_replaces(shape: tuple[int, ...]) -> None:
     """But for dx, whose sums are taken before it is rounded."""
@@ -245,6 +277,9 @@ def test_normed_gradients_stay_in_bounds(shape: tuple[int, ...]) -> None:
     written = Branch(weight[None], given["e"], given["line"], True, masked_by=x, masked_stats=stats)
     convolve_cpp(grad, [written])
     assert not any(given[name].isnan().any() for name in ("e", "line"))
+    size = (1, x.numel() // x.shape[1], x.shape[1])
+    cpp.norm_gradient(size, *(given[name].data_ptr() for name in ("e", "x", "stats", "line", "e")), 2)
+    assert torch.equal(given["e"], wanted[0])
     assert_guards_hold(**given)
 
 

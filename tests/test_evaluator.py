@@ -16,12 +16,12 @@ import bmsn.evaluator
 import bmsn.execution
 from bmsn.backend import extension
 from bmsn.errors import InputError
-from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
+from bmsn.evaluator import all_pairs, calibrate, make_plan, score_architectures, score_one_by_one
 from bmsn.exporting_network import network_from_supernet
 from bmsn.network import SupernetMixture
 from bmsn.plan import EvaluationPlan
 from bmsn.space import SPACES, SearchSpace
-from stacked import device_for, needs_gpu, needs_triton
+from stacked import device_for, needs_cpp, needs_gpu, needs_triton
 
 
 def make_case(name, pool=None, num_images=12, dtype=torch.double):
@@ -172,6 +172,34 @@ def test_on_a_gpu_as_many_batches_go_at_once_as_memory_allows(monkeypatch):
         plan = make_plan(nets, images, pairs, batch_size=5, max_bytes=max_bytes)
         assert plan.batch_size == 5 * batches
         assert plan.peak_bytes <= max_bytes
+
+
+def test_without_a_cap_it_takes_the_usual_one_or_what_a_state_needs(monkeypatch):
+    nets, images, _, pairs = make_case("resnet14-cifar10")
+    need = needed_bytes(nets, images, pairs, 5)
+    for usual, cap in ((2**30, 2**30), (need + 1, need + 1), (need - 1, need), (1, need)):
+        monkeypatch.setattr("bmsn.evaluator.DEFAULT_MAX_BYTES", usual)
+        plan = make_plan(nets, images, pairs, batch_size=5)
+        assert plan.max_bytes == cap
+        assert plan.peak_bytes <= cap
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_named_by_the_environment_scores_all_there_is(dtype, monkeypatch):
+    nets, images, labels, pairs = make_case("resnet14-cifar10", dtype=dtype)
+    wanted = score_architectures(nets, images, labels, pairs, batch_size=5, backend="cpp")
+    monkeypatch.setenv("BMSN_BACKEND", "cpp")
+    assert score_architectures(nets, images, labels, pairs, batch_size=5).correct.tolist() == wanted.correct.tolist()
+
+
+def test_statistics_measured_before_serve_many_calls():
+    nets, images, labels, pairs = make_case("resnet14-cifar10")
+    frozen = calibrate(nets, images[:7], pairs, images.dtype)
+    for some in (pairs, pairs[3:5]):
+        wanted = score_architectures(nets, images, labels, some, norm="calibrated", calibration_images=images[:7])
+        found = score_architectures(nets, images, labels, some, norm=frozen)
+        assert found.correct.tolist() == wanted.correct.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -341,7 +369,13 @@ def test_560_architectures_fit_under_2_gib():
         (dict(norm="layer"), ["norm", "batch", "calibrated", "layer"]),
         (dict(norm="calibrated"), ["calibration_images", "calibrated"]),
         (dict(calibration_images=torch.zeros(8, 3, 8, 8)), ["calibration_images", "batch"]),
-        (dict(norm="calibrated", calibration_images=torch.zeros(8, 3, 9, 8)), ["total stride 4"]),
+        (dict(norm="calibrated", calibration_images=torch.zeros(8, 3, 9, 8)), ["calibration_images", "total stride 4"]),
+        (dict(norm="calibrated", calibration_images=torch.zeros(0, 3, 8, 8)), ["calibration_images", "non-empty"]),
+        (dict(batch_size=2.5), ["batch_size", "integer", "2.5"]),
+        (dict(pairs=["a"]), ["pairs[0]", "(Architecture, supernet index)", "'a'"]),
+        (dict(labels=torch.zeros(12, dtype=torch.bool)), ["labels", "12 integers", "bool"]),
+        (dict(labels=torch.zeros(12, dtype=torch.long, device="meta")), ["labels", "CPU", "meta"]),
+        (dict(images=torch.zeros(12, 3, 8, 8, device="meta")), ["images", "CPU", "meta"]),
         (dict(pairs=[]), ["pairs is empty"]),
         (dict(pairs="twice"), ["pairs[1] repeats pairs[0]"]),
         (dict(pairs="other"), ["not in resnet14"]),

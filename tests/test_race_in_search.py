@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import bmsn
-from bmsn.evaluator import Scores
+from bmsn.evaluator import Scores, calibrate
 from bmsn.loop import SearchLoop
 from bmsn.search import main
 from searching import run, tiny_flags, write_tiny_set
@@ -62,6 +62,24 @@ def test_a_raced_search_ends_with_the_same_best(flags, raced, tmp_path):
     assert race["truth"]["ema"]["n"] == 15
     assert f"n = {15 - len(dropped)})" in printed
     assert "Race for the top 3 at confidence 0.6" in printed
+
+
+def test_calibrated_statistics_are_measured_once_for_a_race(flags, tmp_path, monkeypatch, capsys):
+    calls = []
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return calibrate(*arguments)
+
+    monkeypatch.setattr("bmsn.methods.supernet.calibrate", counted)
+    ends = []
+    for name, more in (("raced", ["--race", "3", "--confidence", "0.6"]), ("plain", [])):
+        calls.clear()
+        assert main([*flags, "--norm", "calibrated", *more, "--out", str(tmp_path / name)]) == 0
+        assert len(calls) == 1
+        ends.append(json.loads((tmp_path / name / "result.json").read_text())["ranking"])
+    assert ends[0][:3] == ends[1][:3]
+    assert any(row["images_seen"] < 256 for row in ends[0])
 
 
 def test_killed_in_the_race_and_resumed_it_ends_the_same(flags, raced, tmp_path):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from bmsn.adaptation import score_adapted
-from bmsn.evaluator import Scores, score_architectures, score_one_by_one
+from bmsn.evaluator import Scores, calibrate, score_architectures, score_one_by_one
 from bmsn.methods.base import Method, Outcome, Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.network import SupernetMixture
@@ -113,10 +113,13 @@ class SupernetMethod(Method):
         problem, config = self.problem, self.problem.config
         images, labels = problem.validation_half()
         scorer: Callable[..., Scores] = score_architectures if config.fast_eval else score_one_by_one
+        nets = self.average.nets if self.average is not None and self.average.count else self.nets
         if config.norm == "calibrated":
             known = problem.training_images(NUM_CALIBRATION)
-            scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
-        nets = self.average.nets if self.average is not None and self.average.count else self.nets
+            if config.adapt:  # which changes weights
+                scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
+            else:  # once for all batches of a race
+                scorer = partial(score_architectures, norm=calibrate(nets, known, pairs, images.dtype))
         scores: Scores | Race
         if config.adapt:
             scores = score_adapted(

@@ -65,8 +65,8 @@ def normed_conv2d(
 
     Args:
         x, weight, stride, backend: as in `conv2d`.
-        stats: (2, 1, I) float32, contiguous: mean and rstd of x, as the convolution before has measured them; the
-            gradient is as if they had been taken here. None: they are.
+        stats: (2, 1, I) float32 (float64 for float64), contiguous: mean and rstd of x, as the convolution before has
+            measured them; the gradient is as if they had been taken here. None: they are.
     Raises:
         InputError: as `bmsn.ops.norm_relu.norm_relu`. What torch raises.
     """

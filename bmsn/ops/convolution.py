@@ -79,6 +79,7 @@ def has_cpp_convolution(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
     outputs, inputs, *kernel = weight.shape[-4:]
     return (
         x.device.type == "cpu"
+        and x.ndim == 4
         and x.dtype == weight.dtype == torch.bfloat16
         and kernel in ([1, 1], [3, 3])
         and stride == 1
@@ -109,7 +110,8 @@ class Branch(NamedTuple):
         shortcut: like y, added after that; None: nothing is.
         relu: whether ReLU comes last, with a scale.
         masked_by: (B, I, H, W), like y, with transposed: y is 0 where it is not greater than its mean, as ReLU behind
-            its normalisation makes it, and `stats` gets the two terms of `bmsn::norm_gradient`; None: not masked.
+            its normalisation makes it, and `stats`, which must be there, gets the two terms of `norm_gradient`; None:
+            not masked.
         masked_stats: (2, G, I) float32, contiguous: mean and rstd of masked_by.
     """
 

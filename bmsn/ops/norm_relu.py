@@ -61,8 +61,8 @@ def norm_relu(
     Args:
         x: (G*N, C, H, W), channels_last; float32, bfloat16, or float64 (on the reference only).
         num_groups: G statistics groups of N consecutive images each.
-        stats: (1, 2, G, C) float32, contiguous: mean and rstd of x where a convolution has taken them already, which
-            C++ then uses; the gradient is as if they had been taken here.
+        stats: (1, 2, G, C) float32 (float64 for float64), contiguous: mean and rstd of x where a convolution has taken
+            them already, which C++ then uses; the gradient is as if they had been taken here.
         pool: "max" or "avg": 2x2 windows with stride 2 of the result, rounded to its dtype; of equal values the first
             gets the gradient of their maximum. None: not pooled.
         backend: auto, reference, cpp or triton.
