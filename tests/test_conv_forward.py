@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -255,3 +256,24 @@ def test_what_it_is_not_for() -> None:
     assert not has_cpp_convolution(x, weight[:, :8])
     assert not has_cpp_convolution(x, weight.repeat(1, 16, 1, 1, 1))
     assert not has_cpp_convolution(x, F.pad(weight, (1, 1, 1, 1)))
+
+
+def _available_gib() -> float:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+@pytest.mark.skipif(_available_gib() < 12, reason="needs 12 GiB of free memory")
+def test_maps_beyond_2_31_elements() -> None:
+    """The last images of a map of 2^31 and some elements, all zero before them, and statistics of it all."""
+    tail = random_map(32, 16, 64, 64, seed=1, dtype=torch.bfloat16)
+    weight = random_rows(1, 16, 16, 1, 1, seed=2, dtype=torch.bfloat16)
+    num_images = 2**31 // tail[0].numel() + 1
+    x = torch.zeros((num_images, 64, 64, 16), dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    x[-32:] = tail
+    found = conv_bn(x, weight, 1, backend="cpp")
+    wanted = conv_bn(tail, weight, 1, backend="cpp")
+    assert torch.equal(found.y[-32:], wanted.y)
+    assert not found.y[:32].any()
+    assert found.y.numel() > 2**31
+    mean = wanted.stats[0].double() * 32 / num_images
+    torch.testing.assert_close(found.stats[0].double(), mean, rtol=1e-4, atol=1e-9)
