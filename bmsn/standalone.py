@@ -6,6 +6,7 @@ The test accuracy is that of the last epoch, on all test images: choosing the be
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from bmsn.config import Procedure
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, normalise
+from bmsn.engine import GraphMemoryError, choose_engine, graph_backend
 from bmsn.engine_mixture import image_device
 from bmsn.errors import InputError, RunStopped
 from bmsn.fused_network import FusedNetwork
@@ -26,6 +28,8 @@ from bmsn.paths import Candidate, as_path, check_path
 from bmsn.rng import torch_seed
 from bmsn.space import SearchSpace
 from bmsn.trainer import arena_step, compute_dtype, learning_rate
+
+_log = logging.getLogger(__name__)
 
 CHECK_EVERY = 25  # steps from one look at the loss to the next: on a GPU each look waits for all work before it
 _TEST_BATCH = 500  # images: bounds memory, changes no accuracy
@@ -118,9 +122,9 @@ def train_alone(
     """Trains a network of `build_network` or `build_path_network` and tests it once, at the end.
 
     In bfloat16 where the device computes it fast, float32 elsewhere; weights, running statistics and SGD are float32.
-    The network is trained in its fused form, `bmsn.fused_network`; what comes back is plain. Weights and batches are a
-    function of the seed and the architecture; networks of one seed see the same batches. On the CPU the result is
-    bit-exact for the same threads, instruction set and torch version.
+    The network is trained in its fused form, `bmsn.fused_network`, on a GPU by a CUDA graph of the whole step; what
+    comes back is plain. Weights and batches are a function of the seed and the architecture; networks of one seed see
+    the same batches. On the CPU the result is bit-exact for the same threads, instruction set and torch version.
 
     Args:
         space: the architecture's; images are a multiple of its total stride.
@@ -147,34 +151,82 @@ def train_alone(
         device=image_device(data.train_images.nbytes, device),
     )  # fmt: skip
     network = initial_network(space, architecture, data, seed).to(device)
-    fused = FusedNetwork(space, as_path(space, architecture), network)
-    velocity, copies = torch.zeros_like(fused.arena), fused.arena.to(dtype) if dtype == torch.bfloat16 else None
     num_steps, procedure = settings.epochs * stream.steps_per_epoch, settings.procedure
     rates = [learning_rate(step / num_steps, settings.lr, settings.min_lr, procedure) for step in range(num_steps)]
-    lrs, row = torch.tensor(rates, device=device), torch.zeros((), dtype=torch.int64, device=device)
-    sum_of_losses = loss = torch.zeros((), device=device)
+    start = partial(_Training, space, architecture, network, stream, torch.tensor(rates, device=device), settings)
+    training = start()
+    enqueue = _recorded(training, stream, start)
     for step in range(num_steps):
-        images, labels = (t.to(device) for t in stream.batch(step))
-        loss, _ = arena_step(
-            fused.arena, velocity, copies, row, fused.num_convs, partial(fused.forward, images=images), dtype, labels,
-            lr=lrs[step], momentum=settings.momentum, weight_decay=settings.weight_decay,
-        )  # fmt: skip
-        sum_of_losses = sum_of_losses + loss
+        stream.prepare(step)
+        enqueue()
         if (step + 1) % CHECK_EVERY == 0 or step + 1 == num_steps:
-            if not math.isfinite(sum_of_losses.item()):  # one of them was not: that step is lost, others would follow
+            if not math.isfinite(training.sum_of_losses.item()):  # one was not: its step is lost, others would follow
                 raise RunStopped(
                     f"architecture {architecture}, seed {seed}: the loss is not finite at step {step + 1} of "
                     f"{num_steps}; a lower lr may help (now {settings.lr})"
                 )
             progress((step + 1) / num_steps)
-    fused.write_back(num_steps)
+    training.fused.write_back(num_steps)
     network.eval()
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16):
         correct = count_correct(network, data.test_images, data.test_labels, table, dtype, device)
     seconds = time.perf_counter() - started
     return TrainedNetwork(
-        network=network, correct=correct, total=len(data.test_labels), loss=loss.item(), seconds=seconds
+        network=network, correct=correct, total=len(data.test_labels), loss=training.loss.item(), seconds=seconds
     )
+
+
+class _Training:
+    """A network that is trained and all that a step changes, in tensors; a step waits for nothing.
+
+    Attributes:
+        fused: the network; it starts from the weights of `network`, which is left as it is.
+        loss: (), of the last step; sum_of_losses: (), of all.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        architecture: Candidate,
+        network: nn.Module,
+        stream: BatchStream,
+        lrs: Tensor,
+        settings: TrainingSettings,
+    ) -> None:
+        self.fused = FusedNetwork(space, as_path(space, architecture), network)
+        self._stream, self._lrs, self._settings = stream, lrs, settings
+        arena, dtype = self.fused.arena, stream.dtype
+        self._velocity, self._copies = torch.zeros_like(arena), arena.to(dtype) if dtype == torch.bfloat16 else None
+        self._row = torch.zeros((), dtype=torch.int64, device=arena.device)
+        self._num_done = torch.zeros((), dtype=torch.int64, device=stream.device)
+        self.loss, self.sum_of_losses = torch.zeros((2,), device=arena.device)
+
+    def step(self) -> None:
+        """On the next batch, of an epoch that the stream has prepared."""
+        fused, settings, device = self.fused, self._settings, self.fused.arena.device
+        images, labels = (t.to(device) for t in self._stream.at(self._num_done))
+        loss, _ = arena_step(
+            fused.arena, self._velocity, self._copies, self._row, fused.num_convs,
+            partial(fused.forward, images=images), images.dtype, labels,
+            lr=self._lrs.index_select(0, self._num_done.view(1).to(device))[0], momentum=settings.momentum,
+            weight_decay=settings.weight_decay,
+        )  # fmt: skip
+        self.loss.copy_(loss)
+        self.sum_of_losses.add_(loss)
+        self._num_done.add_(1)
+
+
+def _recorded(training: _Training, stream: BatchStream, start: Callable[[], _Training]) -> Callable[[], None]:
+    """`training.step` as a CUDA graph where steps can be recorded, warmed up on another training that `start` makes."""
+    graphs = graph_backend(choose_engine("auto", stream.device), stream.device)
+    if graphs is None:
+        return training.step
+    stream.prepare(0)
+    try:
+        return graphs.capture(start().step, training.step).replay
+    except GraphMemoryError as error:
+        _log.warning("no memory for a CUDA graph, going on eagerly: %s", error)
+        return training.step
 
 
 def check_data(space: SearchSpace, data: ImageDataset) -> None:

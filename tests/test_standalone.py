@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import bmsn
 import bmsn.standalone
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table
+from bmsn.engine import GraphMemoryError
 from bmsn.paths import ResolutionPath
 from bmsn.standalone import TrainingSettings, count_correct, initial_network, train_alone
 from global_state import unchanged
@@ -114,6 +116,62 @@ def test_the_same_seed_gives_the_same_network_and_another_one_another(data):
     again, other = weights(0), weights(1)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["head.2.weight"], other["head.2.weight"])
+
+
+class NeverLooks(TorchDispatchMode):
+    """Raises where the host reads a tensor's value: a step that does cannot be recorded."""
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        assert op not in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default), op
+        return op(*args, **(kwargs or {}))
+
+
+def test_a_step_looks_at_no_value(data, monkeypatch):
+    plain, looked = bmsn.standalone._Training.step, []
+
+    def watched(training):
+        with NeverLooks():
+            plain(training)
+        looked.append(training)
+
+    monkeypatch.setattr(bmsn.standalone._Training, "step", watched)
+    train_alone(SPACE, SPACE[0], data, SETTINGS, seed=0, device=CPU)
+    assert len(looked) == 24
+    with pytest.raises(AssertionError, match="local_scalar"), NeverLooks():
+        torch.zeros(()).item()
+
+
+class Replayed:
+    """Records steps as a GPU does: warms up, runs nothing of the step, and repeats it later."""
+
+    def __init__(self, *, has_memory: bool = True) -> None:
+        self.warmed_up, self.replayed, self._has_memory = 0, 0, has_memory
+
+    def capture(self, warm_up, step):
+        warm_up()
+        self.warmed_up += 1
+        if not self._has_memory:
+            raise GraphMemoryError("more than 1 GiB were needed")
+        self._step = step
+        return self
+
+    def replay(self):
+        self.replayed += 1
+        self._step()
+
+
+@pytest.mark.parametrize("has_memory", [True, False])
+def test_a_recorded_step_trains_as_an_eager_one(data, monkeypatch, caplog, has_memory):
+    def weights():
+        return train_alone(SPACE, SPACE[3], data, SETTINGS, seed=2, device=CPU).network.state_dict()
+
+    eager, graphs = weights(), Replayed(has_memory=has_memory)
+    monkeypatch.setattr(bmsn.standalone, "graph_backend", lambda engine, device: graphs)
+    recorded = weights()
+    assert graphs.warmed_up == 1
+    assert graphs.replayed == (24 if has_memory else 0)
+    assert ["going on eagerly" in record.message for record in caplog.records] == [True] * (not has_memory)
+    assert all(torch.equal(eager[name], recorded[name]) for name in eager)
 
 
 def test_it_learns_and_says_how_far_it_is(data):
