@@ -213,10 +213,9 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
             work.keep("stem", stats)
         bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
-    if work.norm.is_frozen and _is_cpp(work, "conv_scale", x, work.layer.convolutions):
-        return _scaled_cpp(work, x, full, pooled)
-    compute = _scaled if work.norm.is_frozen and _mixes(x, backend) else _normed
-    y, stats, shortcut, shortcut_stats = compute(work, x)
+    if work.norm.is_frozen and (_mixes(x, backend) or _is_cpp(work, "conv_scale", x, work.layer.convolutions)):
+        return _scaled(work, x, full, pooled)
+    y, stats, shortcut, shortcut_stats = _normed(work, x)
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(
@@ -260,20 +259,6 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
     return ConvBn(y, stats, shortcut, shortcut_stats)
 
 
-def _scaled(work: _Work, x: Tensor) -> ConvBn:
-    """The same with frozen statistics by kernels of ours: what `bn_add_relu_pool` takes is normalised already."""
-    layer = work.layer
-    shortcut = None
-    if layer.shortcut is not None:
-        shortcut = _conv_scale(work, layer.shortcut, x)
-    elif layer.kind != "stem":
-        shortcut = _identity(x, 1 + work.wave.strides)
-    for step in layer.main[:-1]:
-        x = _conv_scale(work, step, x, relu=True)
-    y = _conv_scale(work, layer.main[-1], x)
-    return ConvBn(y, _as_it_is(work, y), shortcut, None)
-
-
 def _is_cpp(work: _Work, op: str, x: Tensor, convolutions: Sequence[Convolution]) -> bool:
     """Whether our CPU kernel has these convolutions of the layer, and is what `op` shall run on."""
     return resolve(op, work.backend, device=x.device) == "cpp" and all(
@@ -281,16 +266,18 @@ def _is_cpp(work: _Work, op: str, x: Tensor, convolutions: Sequence[Convolution]
     )
 
 
-def _scaled_cpp(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
-    """The whole layer with frozen statistics by our CPU kernel, which also adds, ReLUs and writes where maps belong."""
+def _scaled(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
+    """The whole layer with frozen statistics: its last convolution adds, ReLUs and writes where the map belongs."""
     layer = work.layer
-    shortcut = None if layer.kind == "stem" else x
+    shortcut = None
     if layer.shortcut is not None:
-        shortcut = _conv_scale(work, layer.shortcut, x, into=_scratch(work, layer.shortcut, x))
-    for step in layer.main[:-1]:
-        x = _conv_scale(work, step, x, relu=True, into=_scratch(work, step, x))
-    last = layer.main[-1]
-    y = _conv_scale(work, last, x, relu=True, shortcut=shortcut, into=_scratch(work, last, x) if full is None else full)
+        shortcut = _conv_scale(work, layer.shortcut, x)
+    elif layer.kind != "stem":
+        shortcut = _identity(x, 1 + work.wave.strides)
+    *others, last = layer.main
+    for step in others:
+        x = _conv_scale(work, step, x, relu=True)
+    y = _conv_scale(work, last, x, relu=True, shortcut=shortcut, into=full)
     if pooled is not None:
         kind = "avg" if work.space.pool == "avg" else "max"
         bn_add_relu_pool(y, _as_it_is(work, y), pooled=pooled, pool=kind, backend=work.backend)
@@ -309,7 +296,8 @@ def _conv_scale(
     mean, scale = work.known(conv.name)
     return conv_scale(
         x, work.weight(conv.name), work.rows.num_groups, scale=scale, shift=-mean * scale, relu=relu, shortcut=shortcut,
-        weight_index=work.rows.of_groups, stride=work.stride(conv), into=into, backend=work.backend,
+        weight_index=work.rows.of_groups, stride=work.stride(conv),
+        into=_scratch(work, conv, x) if into is None else into, backend=work.backend,
     )  # fmt: skip
 
 

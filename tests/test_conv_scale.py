@@ -82,6 +82,16 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], relu_and_shortcut:
     assert_no_worse(found, eager=conv_scale_reference(**arguments), oracle=formula(arguments))
 
 
+@pytest.mark.parametrize("backend", WITHOUT_CPP)
+def test_the_result_goes_where_it_belongs(backend: str) -> None:
+    arguments = on(device_for(backend), make_arguments(SHAPES[2], torch.float32))
+    wanted = conv_scale(**arguments, backend=backend)
+    into = guarded(wanted, poison=True)
+    assert conv_scale(**arguments, into=into, backend=backend) is into
+    assert torch.equal(into, wanted)
+    assert_guards_hold(into=into)
+
+
 @needs_triton
 def test_triton_stays_in_bounds() -> None:
     from bmsn.kernels.conv_bn import launch_conv_scale
