@@ -137,6 +137,14 @@ def test_triton_stays_in_bounds(shape: tuple[int, ...], normed: bool) -> None:
     assert_guards_hold(**out)
 
 
+@needs_triton
+def test_the_shapes_take_every_tuned_configuration_of_triton() -> None:
+    from bmsn.kernels.conv_bn import CONFIGS, config_for
+
+    taken = {(size, shortcut, config_for(size, shortcut, o)) for size in (2, 4) for _, _, _, o, *_, shortcut in SHAPES}
+    assert taken == {(*key, config) for key, configs in CONFIGS.items() for config in configs}
+
+
 # batch_statistics ----------------------------------------------------------------------------------------------------
 
 
