@@ -19,7 +19,7 @@ from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
 from bmsn.ops.checks import accumulator_dtype
 from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.conv_scale import conv_scale
-from bmsn.ops.convolution import has_cpp_convolution, output_shape
+from bmsn.ops.convolution import has_cpp_convolution, output_shape, without_tf32
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, PlannedState, Wave
 from bmsn.space import Convolution, Layer, SearchSpace
@@ -205,7 +205,8 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
     """Writes the states' maps, and returns them where no child wants them."""
     rows, backend = work.rows, work.backend
     if work.wave.layer == 0 and rows.weights.stem is not None:
-        x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
+        with without_tf32(x.device):
+            x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
         if work.norm.is_frozen:
             stats = work.known("stem")
         else:
