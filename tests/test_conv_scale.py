@@ -26,6 +26,11 @@ from stacked import (
 )
 
 
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BMSN_CONVOLUTION", "ours")
+
+
 def make_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     case = make_case(shape, normed=False, dtype=dtype)
     o = case.weight.shape[1]
@@ -90,6 +95,14 @@ def test_the_result_goes_where_it_belongs(backend: str) -> None:
     assert conv_scale(**arguments, into=into, backend=backend) is into
     assert torch.equal(into, wanted)
     assert_guards_hold(into=into)
+
+
+@needs_triton
+def test_triton_leaves_it_to_the_library_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = on(device_for("triton"), make_arguments(SHAPES[2], torch.float32))
+    monkeypatch.setenv("BMSN_CONVOLUTION", "library")
+    found = conv_scale(**arguments, backend="triton")
+    assert torch.equal(found, conv_scale_reference(**arguments))
 
 
 @needs_triton

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmsn.backend import resolve
+from bmsn.backend import convolution_choice, resolve
 from bmsn.ops.bn_add_relu_pool import per_image
 from bmsn.ops.checks import accumulator_dtype, check_dense, check_same_kind
 from bmsn.ops.convolution import (
@@ -116,7 +116,7 @@ def _write(
     backend: str,
     y: Tensor,
 ) -> None:
-    if backend == "triton":
+    if backend == "triton" and convolution_choice() != "library":
         from bmsn.kernels.conv_bn import launch_conv_scale
 
         launch_conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
