@@ -8,8 +8,9 @@ TFLOP/s in bfloat16, 67 in float32 without TF32, 4.8 TB/s):
     in float32
 
 From the channels of `LIBRARY_FROM` on it is below a third: the convolution is bound by arithmetic, at which cuDNN is
-expected to be the faster by more than that. This is arithmetic, NOT MEASURED: on a GPU, `pytest benchmarks/bench_conv_bn.py -k
-ours_against` prints the table to put in its place.
+expected to be the faster by more than that. This is arithmetic, NOT MEASURED. On a GPU this prints the table to put in:
+
+    pytest benchmarks/bench_conv_bn.py -k ours_against
 
 `conv_scale` is ours unless the library's is asked for by name: behind that one, scaling and adding are torch's passes.
 7x7 stems are the library's always. BMSN_CONVOLUTION=ours or =library overrides the table.
