@@ -10,6 +10,10 @@ whether cuDNN's or oneDNN's convolution would win over the fused kernel.
 
 from __future__ import annotations
 
+import statistics
+from functools import partial
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,3 +71,30 @@ def test_conv_bn(benchmark: BenchmarkFixture, device: torch.device, full: bool, 
         report_floor(benchmark, seconds["bmsn"], device, bytes_moved=moved, flop=2 * pixels * weight.numel())
         report(benchmark, seconds, "bmsn")
         benchmark.pedantic(calls["bmsn"], rounds=5)
+
+
+def test_ours_against_the_library(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prints for kernel and dtype from which width on the library is faster: `LIBRARY_FROM`."""
+    if device.type != "cuda":
+        pytest.skip("on a GPU: it is for Triton's choice")
+    rows, groups, images, size = [], 16, 64, 16
+    for kernel, dtype in product((3, 1), (torch.bfloat16, torch.float32)):
+        for width in (16, 32, 64, 128, 256, 512):
+            x = torch.randn((groups * images, width, size, size), device=device).to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            rows_of = torch.randn((1, width, kernel, kernel, width), device=device) * (width * kernel**2) ** -0.5
+            weight, stats = rows_of.to(dtype).permute(0, 1, 4, 2, 3), batch_statistics(x, groups)
+
+            def call(choice: str, x: Tensor = x, weight: Tensor = weight, stats: Tensor = stats) -> Tensor:
+                monkeypatch.setenv("BMSN_CONVOLUTION", choice)
+                return conv_bn(x, weight, groups, stats=stats, backend="triton").y
+
+            torch.testing.assert_close(call("ours"), call("library"), rtol=2**-5, atol=2**-4)  # the gate
+            seconds = interleaved({c: partial(call, c) for c in ("ours", "library")}, rounds=5, repeats=10)
+            ours, library = (statistics.median(seconds[choice]) for choice in ("ours", "library"))
+            rows.append(f"{kernel}x{kernel} {dtype} {width:>4} {ours * 1e6:>9.1f} {library * 1e6:>9.1f} us")
+            rows[-1] += f"  {'library' if library < ours else 'ours'}"
+    with capsys.disabled():
+        print("\nkernel, dtype, channels in and out, ours, library's", *rows, sep="\n")

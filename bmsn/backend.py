@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
+CONVOLUTIONS = ("auto", "ours", "library")  # of the Triton backend
+
 # What each op has, best first: `auto` takes the first that can run. A new op is one line here.
 OPS: Mapping[str, tuple[str, ...]] = {
     "balance": ("cpp", "reference"),
@@ -122,12 +124,24 @@ def resolve(
     return asked
 
 
+def convolution_choice() -> str:
+    """BMSN_CONVOLUTION: what the Triton backend convolves with; auto: see `bmsn.ops.convolution_choice`.
+
+    Raises:
+        InputError: it is none of `CONVOLUTIONS`.
+    """
+    asked = os.environ.get("BMSN_CONVOLUTION") or "auto"
+    if asked not in CONVOLUTIONS:
+        raise InputError(f"BMSN_CONVOLUTION is {asked!r}; accepted: {', '.join(CONVOLUTIONS)}")
+    return asked
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackendReport:
     """What runs on this machine and why; `print` it."""
 
     machine: Mapping[str, str]
-    backends: Mapping[str, str]  # why each runs or does not
+    backends: Mapping[str, str]  # why each runs or does not, and with what convolution
     ops: Mapping[str, str]  # what a call with default arguments takes, on the CPU and, where there is one, on the GPU
 
     def __str__(self) -> str:
@@ -139,6 +153,13 @@ def _choice(op: str, device: torch.device) -> str:
     try:
         return resolve(op, device=device)
     except InputError as error:  # BMSN_BACKEND names one that cannot run: the report says so
+        return f"error: {error}"
+
+
+def _convolution() -> str:
+    try:
+        return f"BMSN_CONVOLUTION={convolution_choice()} on Triton"
+    except InputError as error:
         return f"error: {error}"
 
 
@@ -162,6 +183,9 @@ def backend_report() -> BackendReport:
             "threads": str(torch.get_num_threads()),
             "cuda": f"{num_gpus} GPU(s), CUDA {torch.version.cuda}" if num_gpus else "no GPU",
         },
-        backends={name: _state(name, devices[-1] if name == "triton" else devices[0])[1] for name in BACKENDS[1:]},
+        backends={
+            **{name: _state(name, devices[-1] if name == "triton" else devices[0])[1] for name in BACKENDS[1:]},
+            "convolution": _convolution(),
+        },
         ops={op: "; ".join(f"{_choice(op, device)} ({device.type})" for device in devices) for op in OPS},
     )

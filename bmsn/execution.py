@@ -19,7 +19,7 @@ from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
 from bmsn.ops.checks import accumulator_dtype
 from bmsn.ops.conv_bn import ConvBn, batch_statistics, conv_bn
 from bmsn.ops.conv_scale import conv_scale
-from bmsn.ops.convolution import has_cpp_convolution, output_shape
+from bmsn.ops.convolution import has_cpp_convolution, output_shape, without_tf32
 from bmsn.ops.head import head
 from bmsn.plan import EvaluationPlan, PlannedState, Wave
 from bmsn.space import Convolution, Layer, SearchSpace
@@ -206,7 +206,8 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
     """Writes the states' maps, and returns them where no child wants them."""
     rows, backend = work.rows, work.backend
     if work.wave.layer == 0 and rows.weights.stem is not None:
-        x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
+        with without_tf32(x.device):
+            x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
         if work.norm.is_frozen:
             stats = work.known("stem")
         else:
@@ -214,10 +215,9 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
             work.keep("stem", stats)
         bn_add_relu_pool(x, stats, full=x, backend=backend)
         x = F.max_pool2d(x, 3, 2, 1)
-    if work.norm.is_frozen and _is_cpp(work, "conv_scale", x, work.layer.convolutions):
-        return _scaled_cpp(work, x, full, pooled)
-    compute = _scaled if work.norm.is_frozen and _mixes(x, backend) else _normed
-    y, stats, shortcut, shortcut_stats = compute(work, x)
+    if work.norm.is_frozen and (_mixes(x, backend) or _is_cpp(work, "conv_scale", x, work.layer.convolutions)):
+        return _scaled(work, x, full, pooled)
+    y, stats, shortcut, shortcut_stats = _normed(work, x)
     if full is None and pooled is None:
         full = y
     bn_add_relu_pool(
@@ -261,20 +261,6 @@ def _normed(work: _Work, x: Tensor) -> ConvBn:
     return ConvBn(y, stats, shortcut, shortcut_stats)
 
 
-def _scaled(work: _Work, x: Tensor) -> ConvBn:
-    """The same with frozen statistics by kernels of ours: what `bn_add_relu_pool` takes is normalised already."""
-    layer = work.layer
-    shortcut = None
-    if layer.shortcut is not None:
-        shortcut = _conv_scale(work, layer.shortcut, x)
-    elif layer.kind != "stem":
-        shortcut = _identity(x, 1 + work.wave.strides)
-    for step in layer.main[:-1]:
-        x = _conv_scale(work, step, x, relu=True)
-    y = _conv_scale(work, layer.main[-1], x)
-    return ConvBn(y, _as_it_is(work, y), shortcut, None)
-
-
 def _is_cpp(work: _Work, op: str, x: Tensor, convolutions: Sequence[Convolution]) -> bool:
     """Whether our CPU kernel has these convolutions of the layer, and is what `op` shall run on."""
     return resolve(op, work.backend, device=x.device) == "cpp" and all(
@@ -282,16 +268,18 @@ def _is_cpp(work: _Work, op: str, x: Tensor, convolutions: Sequence[Convolution]
     )
 
 
-def _scaled_cpp(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
-    """The whole layer with frozen statistics by our CPU kernel, which also adds, ReLUs and writes where maps belong."""
+def _scaled(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
+    """The whole layer with frozen statistics: its last convolution adds, ReLUs and writes where the map belongs."""
     layer = work.layer
-    shortcut = None if layer.kind == "stem" else x
+    shortcut = None
     if layer.shortcut is not None:
-        shortcut = _conv_scale(work, layer.shortcut, x, into=_scratch(work, layer.shortcut, x))
-    for step in layer.main[:-1]:
-        x = _conv_scale(work, step, x, relu=True, into=_scratch(work, step, x))
-    last = layer.main[-1]
-    y = _conv_scale(work, last, x, relu=True, shortcut=shortcut, into=_scratch(work, last, x) if full is None else full)
+        shortcut = _conv_scale(work, layer.shortcut, x)
+    elif layer.kind != "stem":
+        shortcut = _identity(x, 1 + work.wave.strides)
+    *others, last = layer.main
+    for step in others:
+        x = _conv_scale(work, step, x, relu=True)
+    y = _conv_scale(work, last, x, relu=True, shortcut=shortcut, into=full)
     if pooled is not None:
         kind = "avg" if work.space.pool == "avg" else "max"
         bn_add_relu_pool(y, _as_it_is(work, y), pooled=pooled, pool=kind, backend=work.backend)
@@ -310,7 +298,8 @@ def _conv_scale(
     mean, scale = work.known(conv.name)
     return conv_scale(
         x, work.weight(conv.name), work.rows.num_groups, scale=scale, shift=-mean * scale, relu=relu, shortcut=shortcut,
-        weight_index=work.rows.of_groups, stride=work.stride(conv), into=into, backend=work.backend,
+        weight_index=work.rows.of_groups, stride=work.stride(conv),
+        into=_scratch(work, conv, x) if into is None else into, backend=work.backend,
     )  # fmt: skip
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from bmsn.errors import InputError
 from bmsn.exporting_files import check_free, check_installed, write_network
 from bmsn.exporting_network import describe_architecture, describe_space
 from bmsn.exporting_sources import Source, retrained, untrained
+from bmsn.ops.convolution import without_tf32
 from bmsn.paths import find_candidate
 from bmsn.retraining import read_result
 from bmsn.space import SearchSpace
@@ -111,7 +110,7 @@ def run_export(config: ExportConfig) -> Export:
         images=Images(spec=result.config["data"], generator_seed=None, fingerprint=result.data["fingerprint"]),
         device=resolve_device(config.device),
     )  # fmt: skip
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # float32 means float32
+    with without_tf32(source.device):
         if config.from_supernet:
             network, data, described = untrained(source, config.supernet, config.calibration)
         else:

@@ -179,13 +179,14 @@ def _conv_case(
     return Case(f"conv_bn {i}->{o} {kernel}x{kernel}/{stride} {' '.join(words)}".strip(), dtype, ordinary, launch)
 
 
-def _scale_case(dtype: torch.dtype, i: int, o: int, kernel: int, ordinary: bool) -> Case:
+def _scale_case(dtype: torch.dtype, i: int, o: int, kernel: int, stride: int, ordinary: bool) -> Case:
+    y = _map(o, 32 // stride, dtype)
     launch = partial(
         kernels("conv_bn").launch_conv_scale,
-        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype), 2, _meta(2, o), _meta(2, o), True, _map(o, 32, dtype)),
-        *(_meta(2, dtype=torch.int32), 1, _map(o, 32, dtype)),
+        *(_map(i, 32, dtype), _weight(o, i, kernel, dtype), 2, _meta(2, o), _meta(2, o), True, y),
+        *(_meta(2, dtype=torch.int32), stride, y),
     )
-    return Case(f"conv_scale {i}->{o} {kernel}x{kernel}/1 added relu", dtype, ordinary, launch)
+    return Case(f"conv_scale {i}->{o} {kernel}x{kernel}/{stride} added relu", dtype, ordinary, launch)
 
 
 def _pool_case(dtype: torch.dtype, channels: int, pool: str | None, shortcut: str, ordinary: bool) -> Case:
@@ -287,7 +288,9 @@ def cases() -> list[Case]:
             _conv_case(dtype, 16, 16, 3, 1, True, False, True),
             _conv_case(dtype, 3, 16, 3, 1, False, False, True),
         ]
-        found += [_scale_case(dtype, 64, _configs(dtype, False)[-1].block_n, 3, True)]
+        for config in _configs(dtype, False):
+            stride = 2 if config.block_n == 16 else 1  # it changes addresses alone
+            found.append(_scale_case(dtype, max(config.block_n, config.block_k), config.block_n, 3, stride, True))
         found += [_statistics_case(dtype, 64, True), _pool_case(dtype, 64, "max", "normed", True)]
         found += [_pool_case(dtype, 64, None, "normed", True), _head_case(dtype, 2048, 512, True)]
         found += [_head_case(dtype, 64, classes, True) for classes in (10, 32, 64, 101)]
@@ -307,7 +310,10 @@ def cases() -> list[Case]:
                     for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
                         for stats in (False, True):
                             found.append(_conv_case(dtype, i, config.block_n, kernel, stride, stats, shortcut, False))
-        found += [_scale_case(dtype, i, o, k, False) for i in (3, 16, 64) for o in (16, 32) for k in (1, 3)]
+        for config in _configs(dtype, False):
+            for i in (3, 64):
+                for kernel, stride in ((1, 1), (1, 2), (3, 1), (3, 2)):
+                    found.append(_scale_case(dtype, i, config.block_n, kernel, stride, False))
         found += [_statistics_case(dtype, channels, False) for channels in (16, 32, 2048)]
         for channels in (16, 32, 256):
             for pool in (None, "max", "avg"):

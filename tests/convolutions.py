@@ -48,13 +48,17 @@ class Case:
         )
 
 
-# groups, images, I, O, H, W, k, stride, shortcut
+# groups, images, I, O, H, W, k, stride, shortcut; the widths take every tuned configuration of the Triton kernel
 SHAPES = [
     (2, 1, 3, 5, 6, 7, 3, 1, False),  # a stem: 3 channels, fewer than a product takes
     (3, 2, 16, 16, 8, 9, 3, 1, False),  # a ResNet-20 layer; tiles that are not full
     (2, 2, 20, 33, 7, 9, 3, 2, True),  # ragged in pixels, input and output channels at once; odd map, halved
     (1, 3, 40, 70, 5, 5, 1, 2, True),  # 1x1, halved; three blocks of output channels
     (2, 3, 18, 8, 1, 1, 3, 1, True),  # a map smaller than the kernel: nothing but its centre counts
+    (2, 1, 16, 32, 5, 7, 3, 1, False),  # ResNet-20's other widths, with a shortcut and without
+    (1, 2, 40, 32, 6, 5, 3, 2, True),
+    (2, 1, 20, 64, 4, 6, 3, 1, False),
+    (1, 2, 16, 128, 3, 5, 1, 1, False),  # a bottleneck's wide end
 ]
 
 

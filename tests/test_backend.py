@@ -100,6 +100,13 @@ def test_report_names_what_auto_takes() -> None:
     assert all(op in text for op in backend.OPS)
 
 
+def test_report_names_the_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BMSN_CONVOLUTION", "library")
+    assert backend.backend_report().backends["convolution"] == "BMSN_CONVOLUTION=library on Triton"
+    monkeypatch.setenv("BMSN_CONVOLUTION", "cudnn")  # as below, it doesn't raise
+    assert "error: BMSN_CONVOLUTION is 'cudnn'; accepted" in backend.backend_report().backends["convolution"]
+
+
 @pytest.mark.usefixtures("no_extension")
 def test_report_says_why_not(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.backend_report().backends["cpp"] == "bmsn._C does not load: a reason"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from bmsn.ops.conv_bn import (
     conv_bn,
     conv_bn_reference,
 )
+from bmsn.ops.convolution_choice import LIBRARY_FROM, takes_library
 from convolutions import SHAPES, formula, make_case, statistics
 from oracles import assert_no_worse
 from stacked import (
@@ -31,6 +33,13 @@ from stacked import (
     random_map,
     random_rows,
 )
+
+conv_bn_module = import_module("bmsn.ops.conv_bn")
+
+
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BMSN_CONVOLUTION", "ours")
 
 
 def outputs(result: ConvBn) -> list[Tensor]:
@@ -135,6 +144,55 @@ def test_triton_stays_in_bounds(shape: tuple[int, ...], normed: bool) -> None:
     launch_conv_bn(x, weight, case.num_groups, *inputs, case.stride, shortcut_weight, *out.values())
     assert all(torch.equal(tensor, want) for tensor, want in zip(out.values(), wanted, strict=True))
     assert_guards_hold(**out)
+
+
+@needs_triton
+def test_the_shapes_take_every_tuned_configuration_of_triton() -> None:
+    from bmsn.kernels.conv_bn import CONFIGS, config_for
+
+    taken = {(size, shortcut, config_for(size, shortcut, o)) for size in (2, 4) for _, _, _, o, *_, shortcut in SHAPES}
+    assert taken == {(*key, config) for key, configs in CONFIGS.items() for config in configs}
+
+
+# Ours or the library's. ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("choice", ["auto", "ours", "library"])
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("shape", [SHAPES[2], SHAPES[5], (2, 1, 32, 32, 5, 3, 3, 1, False)], ids=str)
+@needs_triton
+def test_either_convolution_of_triton_is_right(
+    shape: tuple[int, ...], normed: bool, choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library, plain = [], conv_bn_module.convolve
+    case = make_case(shape, normed)
+    eager, oracle = outputs(case.run("reference")), formula(case)
+    monkeypatch.setenv("BMSN_CONVOLUTION", choice)
+    monkeypatch.setattr(conv_bn_module, "convolve", lambda *a: library.append(a) or plain(*a))
+    found = outputs(case.run("triton"))
+    for actual, by_torch, wide in zip(found, eager, oracle, strict=True):
+        for part in (0, 1) if wide.ndim == 3 else (slice(None),):
+            assert_no_worse(actual[part].cpu(), eager=by_torch[part], oracle=wide[part])
+    wide_enough = min(shape[2], shape[3]) >= 32  # 3x3 in float32
+    assert bool(library) == (choice == "library" or (choice == "auto" and wide_enough))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_the_library_is_for_wide_layers(kernel: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes(outputs: int, inputs: int) -> bool:
+        return takes_library(torch.empty((1, outputs, inputs, kernel, kernel), dtype=dtype, device="meta"))
+
+    least = LIBRARY_FROM[kernel, dtype.itemsize]
+    assert takes(least, least) is False  # the tests ask for ours
+    monkeypatch.setenv("BMSN_CONVOLUTION", "auto")
+    assert takes(least, least) is True
+    assert takes(least - 1, least) is takes(least, least - 1) is False
+    monkeypatch.setenv("BMSN_CONVOLUTION", "library")
+    assert takes(1, 1) is True
+    monkeypatch.setenv("BMSN_CONVOLUTION", "cudnn")
+    with pytest.raises(InputError, match="BMSN_CONVOLUTION is 'cudnn'; accepted: auto, ours, library"):
+        takes(1, 1)
 
 
 # batch_statistics ----------------------------------------------------------------------------------------------------

@@ -26,6 +26,11 @@ from stacked import (
 )
 
 
+@pytest.fixture(autouse=True)
+def ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BMSN_CONVOLUTION", "ours")
+
+
 def make_arguments(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
     case = make_case(shape, normed=False, dtype=dtype)
     o = case.weight.shape[1]
@@ -72,7 +77,7 @@ def test_the_reference_is_the_formula(shape: tuple[int, ...], relu_and_shortcut:
 
 @pytest.mark.parametrize("dtype", TRITON_DTYPES)
 @pytest.mark.parametrize("relu_and_shortcut", [False, True])
-@pytest.mark.parametrize("shape", SHAPES[:4], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_error_is_at_most_twice_eager(shape: tuple[int, ...], relu_and_shortcut: bool, dtype: torch.dtype) -> None:
     arguments = make_arguments(shape, dtype)
     if not relu_and_shortcut:
@@ -80,6 +85,24 @@ def test_error_is_at_most_twice_eager(shape: tuple[int, ...], relu_and_shortcut:
     found = conv_scale(**on(device_for("triton"), arguments), backend="triton")
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert_no_worse(found, eager=conv_scale_reference(**arguments), oracle=formula(arguments))
+
+
+@pytest.mark.parametrize("backend", WITHOUT_CPP)
+def test_the_result_goes_where_it_belongs(backend: str) -> None:
+    arguments = on(device_for(backend), make_arguments(SHAPES[2], torch.float32))
+    wanted = conv_scale(**arguments, backend=backend)
+    into = guarded(wanted, poison=True)
+    assert conv_scale(**arguments, into=into, backend=backend) is into
+    assert torch.equal(into, wanted)
+    assert_guards_hold(into=into)
+
+
+@needs_triton
+def test_triton_leaves_it_to_the_library_where_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = on(device_for("triton"), make_arguments(SHAPES[2], torch.float32))
+    monkeypatch.setenv("BMSN_CONVOLUTION", "library")
+    found = conv_scale(**arguments, backend="triton")
+    assert torch.equal(found, conv_scale_reference(**arguments))
 
 
 @needs_triton

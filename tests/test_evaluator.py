@@ -138,6 +138,32 @@ def test_several_batches_at_once_are_groups_of_their_own(name, pool, norm, monke
     assert sizes == ([(9, 3), (3, 1), (2, 1)] if norm == "batch" else [(7, 1), (9, 1), (3, 1), (2, 1)])
 
 
+def test_with_frozen_statistics_the_convolution_adds_and_relus(monkeypatch):
+    """Where the kernels are ours: behind the last one of a layer pooling is left, and without it nothing."""
+    nets, images, labels, pairs = make_case("resnet20-cifar10", "max")
+    wanted, passes = [], []
+    plain, scaled = bmsn.execution.bn_add_relu_pool, bmsn.execution._scaled
+
+    def recorded(y, stats, *shortcuts, **maps):
+        passes.append((shortcuts, maps.get("full"), maps["pooled"]))
+        plain(y, stats, *shortcuts, **maps)
+
+    def watched(work, x, full, pooled):
+        wanted.extend([pooled] if pooled is not None else [])
+        with monkeypatch.context() as patched:
+            patched.setattr("bmsn.execution.bn_add_relu_pool", recorded)
+            y = scaled(work, x, full, pooled)
+        assert full is None or y is full
+        return y
+
+    monkeypatch.setattr("bmsn.execution._mixes", lambda images, backend: True)
+    monkeypatch.setattr("bmsn.execution._scaled", watched)
+    score_architectures(nets, images, labels, pairs, norm="calibrated", calibration_images=images)
+    assert wanted
+    assert [(shortcuts, full) for shortcuts, full, _ in passes] == [((), None)] * len(wanted)
+    assert all(found is map for (*_, found), map in zip(passes, wanted, strict=True))
+
+
 TRITON_SPACES = [
     pytest.param("resnet14-cifar10", "max", marks=needs_triton),
     *(pytest.param(n, p, marks=needs_gpu) for n, p in (("resnet50-cifar100", "stride"), ("resnet18-imagenet", "avg"))),

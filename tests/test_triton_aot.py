@@ -47,15 +47,16 @@ def test_every_kernel_for_other_architectures(architecture: int) -> None:
 
 
 def test_every_tuned_configuration_is_compiled() -> None:
-    table = {
-        (size, *key, *config) for (size, *key), configs in aot.kernels("conv_bn").CONFIGS.items() for config in configs
-    }
+    """With statistics, with and without a shortcut's convolution; without that also scaled."""
+    configs = aot.kernels("conv_bn").CONFIGS
+    table = {(*key, scaled, *c) for key in configs for c in configs[key] for scaled in {False, not key[1]}}
     compiled = set()
     for case in CASES:
         for launch in aot.record(case.launch):
             if launch.kernel.__name__ == "_conv_kernel":
                 options = launch.options
                 blocks = (options["BLOCK_M"], options["BLOCK_N"], options["BLOCK_K"])
-                shortcut = launch.args[launch.kernel.arg_names.index("shortcut_weight_ptr")] is not None
-                compiled.add((case.dtype.itemsize, shortcut, *blocks, options["num_warps"], options["num_stages"]))
+                given = dict(zip(launch.kernel.arg_names, launch.args, strict=False))
+                variant = (given["shortcut_weight_ptr"] is not None, given["scale_ptr"] is not None)
+                compiled.add((case.dtype.itemsize, *variant, *blocks, options["num_warps"], options["num_stages"]))
     assert compiled >= table

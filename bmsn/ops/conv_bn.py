@@ -39,6 +39,7 @@ from bmsn.ops.convolution import (
     has_cpp_convolution,
     output_shape,
 )
+from bmsn.ops.convolution_choice import takes_library
 from bmsn.ops.norm_relu import EPS
 
 torch.library.define(
@@ -97,7 +98,7 @@ def conv_bn(
         into: memory for y and, where there is one, for the shortcut, apart from all that is read; it may be what is
             returned. Our CPU kernel is spared pages that were never touched, which are slow to write to.
         backend: auto, reference, cpp (one kernel of ours, or oneDNN convolves and C++ does the rest: see
-            `bmsn.ops.convolution`) or triton.
+            `bmsn.ops.convolution`) or triton (the same choice: see `bmsn.ops.convolution_choice`).
     Returns:
         See `ConvBn`. Sums in float32; statistics of the stored values, or of those before rounding. NaN propagates.
     Raises:
@@ -254,16 +255,16 @@ def _conv_bn_impl(
 ) -> list[Tensor]:
     if backend == "reference":
         return conv_bn_reference(x, weight, num_groups, stats, weight_index, stride, shortcut_weight)
-    if backend == "cpp":
-        weights = (weight,) if shortcut_weight is None else (weight, shortcut_weight)
-        if _is_fused(x, weights, stride, stats):
-            return _fused_cpp(x, weights, num_groups, stats, weight_index)
+    weights = (weight,) if shortcut_weight is None else (weight, shortcut_weight)
+    if backend == "cpp" and _is_fused(x, weights, stride, stats):
+        return _fused_cpp(x, weights, num_groups, stats, weight_index)
+    if backend == "cpp" or takes_library(weight):
         if stats is not None:
             x = _normalised(x, stats, backend)
         found = []
         for w in weights:
             y = convolve(x, w, num_groups, weight_index, stride)
-            found += [y, _statistics_cpp(y, num_groups)]
+            found += [y, torch.ops.bmsn.batch_statistics(y, num_groups, backend)]
         return found
     from bmsn.kernels.conv_bn import launch_conv_bn
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bmsn.backend import resolve
+from bmsn.backend import convolution_choice, resolve
 from bmsn.ops.bn_add_relu_pool import per_image
 from bmsn.ops.checks import accumulator_dtype, check_dense, check_same_kind
 from bmsn.ops.convolution import (
@@ -57,7 +57,7 @@ def conv_scale(
         scale, shift: (G, O) float32 (float64 for float64): rstd and -mean * rstd of the frozen statistics.
         relu: whether ReLU comes last.
         shortcut: what is added before ReLU, of the output's shape, layout and dtype.
-        into: memory for the result, which may be returned; see `conv_bn`.
+        into: memory for the result, apart from all that is read; it is what is returned.
         backend: auto, reference, triton, or cpp where `has_cpp_convolution` says so.
     Returns:
         (G*N, O, ceil(H / stride), ceil(W / stride)), channels_last, dtype of x. rounded to it no earlier than at the
@@ -75,13 +75,12 @@ def conv_scale(
     if has_cpp_convolution(x, weight, stride):
         available.insert(0, "cpp")
     chosen = resolve("conv_scale", backend, available, x.device)
-    if into is not None:
-        check_same_kind("into", into, x, shape)
-        if chosen == "cpp":
-            branch = Branch(weight, into, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
-            convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
-            return into
-    return torch.ops.bmsn.conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, chosen)
+    arguments = (x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
+    if into is None:
+        return torch.ops.bmsn.conv_scale(*arguments, chosen)
+    check_same_kind("into", into, x, shape)
+    _write(*arguments, chosen, into)
+    return into
 
 
 def conv_scale_reference(
@@ -94,13 +93,38 @@ def conv_scale_reference(
     shortcut: Tensor | None = None,
     weight_index: Tensor | None = None,
     stride: int = 1,
+    into: Tensor | None = None,
 ) -> Tensor:
     y = convolve(x, weight, num_groups, weight_index, stride)
     scale, shift = (per_image(t, len(x)) for t in (scale, shift))
     z = y.to(scale.dtype) * scale + shift
     if shortcut is not None:
         z = z + shortcut
-    return y.copy_(z.relu() if relu else z)
+    return (y if into is None else into).copy_(z.relu() if relu else z)
+
+
+def _write(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    scale: Tensor,
+    shift: Tensor,
+    relu: bool,
+    shortcut: Tensor | None,
+    weight_index: Tensor | None,
+    stride: int,
+    backend: str,
+    y: Tensor,
+) -> None:
+    if backend == "triton" and convolution_choice() != "library":
+        from bmsn.kernels.conv_bn import launch_conv_scale
+
+        launch_conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
+    elif backend == "cpp":
+        branch = Branch(weight, y, scale=scale, shift=shift, shortcut=shortcut, relu=relu)
+        convolve_cpp(x, [branch], num_groups, weight_index=weight_index)
+    else:
+        conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
 
 
 @torch.library.impl("bmsn::conv_scale", "CompositeExplicitAutograd")
@@ -116,18 +140,8 @@ def _conv_scale_impl(
     stride: int,
     backend: str,
 ) -> Tensor:
-    if backend == "reference":
-        return conv_scale_reference(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride)
-    if backend == "cpp":
-        y = empty_map(x, weight, stride)
-        return conv_scale(
-            x, weight, num_groups, scale=scale, shift=shift, relu=relu, shortcut=shortcut, weight_index=weight_index,
-            stride=stride, into=y, backend=backend,
-        )  # fmt: skip
-    from bmsn.kernels.conv_bn import launch_conv_scale
-
     y = empty_map(x, weight, stride)
-    launch_conv_scale(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, y)
+    _write(x, weight, num_groups, scale, shift, relu, shortcut, weight_index, stride, backend, y)
     return y
 
 

@@ -8,8 +8,9 @@ any of that 360 to 900. Where a CPU has AMX, oneDNN's is taken.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,16 +55,34 @@ def empty_map(x: Tensor, weight: Tensor, stride: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+@contextmanager
+def without_tf32(device: torch.device) -> Iterator[None]:
+    """Within it cuDNN convolves float32 as IEEE float32 instead of TF32, its default with 10 bits of each factor.
+
+    The setting is the process's and is put back in the end. On a CPU nothing is touched.
+    """
+    settings: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # torch's hints lack it
+    if device.type != "cuda" or settings.fp32_precision != "tf32":
+        yield
+        return
+    settings.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = "tf32"
+
+
 def convolve(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> Tensor:
-    """By torch's own convolution, all groups at once where they share their weights."""
+    """By torch's own convolution, in float32 without TF32; all groups at once where they share their weights."""
     padding = weight.shape[-1] // 2
-    if weight_index is None:
-        y = F.conv2d(x, weight[0], stride=stride, padding=padding)
-        return y.contiguous(memory_format=torch.channels_last)
-    y = empty_map(x, weight, stride)
-    for g, (group, out) in enumerate(zip(x.chunk(num_groups), y.chunk(num_groups), strict=True)):
-        row = weight.index_select(0, weight_index[g : g + 1])[0]
-        out.copy_(F.conv2d(group, row, stride=stride, padding=padding))
+    with without_tf32(x.device):
+        if weight_index is None:
+            y = F.conv2d(x, weight[0], stride=stride, padding=padding)
+            return y.contiguous(memory_format=torch.channels_last)
+        y = empty_map(x, weight, stride)
+        for g, (group, out) in enumerate(zip(x.chunk(num_groups), y.chunk(num_groups), strict=True)):
+            row = weight.index_select(0, weight_index[g : g + 1])[0]
+            out.copy_(F.conv2d(group, row, stride=stride, padding=padding))
     return y
 
 
