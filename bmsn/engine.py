@@ -10,8 +10,7 @@ Source: Javan et al. 2023, section 2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol
 
@@ -233,21 +232,20 @@ class Engine:
             start: steps done so far.
             refresh: called inside the last step, between validation and balance, with the state as it is there.
         Raises:
-            InputError, BalanceError: a balance failed. RunStopped: the device is out of memory.
+            RunStopped: a balance failed.
         """
         state = self.state
-        with _out_of_memory_said(start, state.step.device):
-            for step in range(start, stop):
-                state.train.prepare(step)
-                state.validation.prepare(step)
-                index = self._drawn[step]
-                if refresh is not None and step == stop - 1:
-                    measured = train_and_validate(state, self._architectures[index])
-                    refresh()
-                    observe_and_draw(state, *measured)
-                else:
-                    self._step(index)
-            return self._look(start, stop)
+        for step in range(start, stop):
+            state.train.prepare(step)
+            state.validation.prepare(step)
+            index = self._drawn[step]
+            if refresh is not None and step == stop - 1:
+                measured = train_and_validate(state, self._architectures[index])
+                refresh()
+                observe_and_draw(state, *measured)
+            else:
+                self._step(index)
+        return self._look(start, stop)
 
     def _step(self, index: int) -> None:
         if self._backend is not None and index not in self._graphs:
@@ -290,18 +288,6 @@ class Engine:
             pair = f"architecture {self._architectures[self._drawn[step]]}, supernet {supernets[step - start]}"
             raise RunStopped(f"step {step}, {pair}: {error}") from error
         return Steps(losses.astype(np.float64), correct / state.validation.batch_size, supernets)
-
-
-@contextmanager
-def _out_of_memory_said(step: int, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        raise RunStopped(
-            f"step {step} or soon after: out of memory on {device} at a peak of {peak / 2**30:.2f} GiB; checkpoints "
-            f"are intact; a smaller batch_size may help ({str(error).splitlines()[0]})"
-        ) from error
 
 
 def choose_engine(engine: str, device: torch.device) -> str:

@@ -6,17 +6,20 @@ Source: Javan et al. 2023, section 2.2: one SGD step of w_m on a training batch,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from bmsn.config import Procedure
-from bmsn.errors import InputError
+from bmsn.errors import InputError, RunStopped
 from bmsn.network import SupernetMixture
 from bmsn.ops.cross_entropy import cross_entropy
 from bmsn.ops.sgd import sgd
 from bmsn.space import Architecture
+
+_HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class of its own for this error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -30,6 +33,29 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs with AMX or AVX512-BF16, float32 elsewhere."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def out_of_memory_said(where: Callable[[], str], device: torch.device) -> Iterator[None]:
+    """Turns torch's errors for want of memory into RunStopped, which says how much was in use at most.
+
+    Args:
+        where: what was going on, asked for when it fails.
+        device: of the computation; batches may be made on the host.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            full = f"{device} at a peak of {peak / 2**30:.2f} GiB"
+        elif _HOST_IS_FULL in str(error):
+            full = "cpu"
+        else:
+            raise
+        raise RunStopped(
+            f"{where()}: out of memory on {full}; a smaller batch_size may help ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def learning_rate(progress: float, lr: float, min_lr: float, procedure: Procedure) -> float:

@@ -1,6 +1,6 @@
 """The engine: its step against a loop written out with torch's own SGD, and graphs against eager, bit for bit.
 
-Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of a step; test_gpu.py has CUDA's.
+Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of a step; test_engine_gpu.py has CUDA's.
 """
 
 from __future__ import annotations
@@ -157,16 +157,6 @@ def test_without_memory_for_graphs_it_goes_on_eagerly_and_says_so_once(caplog: p
     assert [record.message for record in caplog.records] == [
         "no memory for CUDA graphs, going on eagerly: more than 7 GiB were needed"
     ]
-
-
-def test_out_of_memory_stops_with_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object, **settings: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
-
-    monkeypatch.setattr(engine, "device_step", fails)
-    message = r"step 0 or soon after: out of memory on cpu at a peak of 0.00 GiB; checkpoints.*Tried to allocate 2 GiB"
-    with pytest.raises(RunStopped, match=message):
-        run(make_state(5), blocks=(5,))
 
 
 def test_a_refresh_falls_between_validation_and_balance() -> None:
