@@ -212,9 +212,13 @@ class Engine:
         state: of the search, at any step.
         architectures: of the space, by index.
         graphs: records and replays the steps; None: they run eagerly.
+    Raises:
+        InputError: an architecture that is not in the space of the supernets.
     """
 
     def __init__(self, state: SearchState, architectures: Sequence[Architecture], graphs: GraphBackend | None) -> None:
+        for architecture in architectures:
+            state.nets.space.check(architecture)
         self.state = state
         self._architectures, self._backend = architectures, graphs
         self._drawn = state.mixture.architectures.tolist()

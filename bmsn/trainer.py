@@ -171,7 +171,10 @@ def train_step(
 
     Returns:
         The mean cross-entropy; where it or a gradient is not finite NaN, and nothing has changed.
+    Raises:
+        InputError: an architecture or supernet that is not there.
     """
+    _check_pair(mixture, architecture, supernet)
     arena = mixture.arena
     loss, _ = device_step(
         mixture, velocity, copies, architecture, torch.tensor(supernet, device=arena.device), images, labels,
@@ -216,6 +219,18 @@ def descend(
 def batch_accuracy(
     mixture: SupernetMixture, architecture: Architecture, supernet: int, images: Tensor, labels: Tensor
 ) -> float:
-    """Share of `images` (channels_last) that the pair classifies correctly, as one statistics group."""
+    """Share of `images` (channels_last) that the pair classifies correctly, as one statistics group.
+
+    Raises:
+        InputError: an architecture or supernet that is not there.
+    """
+    _check_pair(mixture, architecture, supernet)
     logits = mixture.forward_row(mixture.arena[supernet], images, architecture)
     return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def _check_pair(mixture: SupernetMixture, architecture: Architecture, supernet: int) -> None:
+    """Another space's architecture would train as well: any places for the poolings do."""
+    mixture.space.check(architecture)
+    if not 0 <= supernet < mixture.num_supernets:
+        raise InputError(f"supernet must be in 0..{mixture.num_supernets - 1}; got {supernet}")

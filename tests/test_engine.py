@@ -136,6 +136,14 @@ def test_a_loss_that_is_not_finite_changes_its_pair_in_nothing(graphs: RecordedG
     assert (state.mixture.scores[1] == 1).all()
 
 
+def test_an_architecture_of_another_space_is_bad_input() -> None:
+    """As many as the space has, so that every index is there; the last one alone would be found late, if at all."""
+    foreign = list(bmsn.SearchSpace.named("resnet18-cifar10"))[: len(SPACE)]
+    for architectures in (foreign, [*list(SPACE)[:-1], foreign[-1]]):
+        with pytest.raises(InputError, match=r"architecture \[.*\] \(index \d+\) is not in resnet14-cifar10"):
+            Engine(make_state(5), architectures, None)
+
+
 def test_a_balance_that_fails_names_step_and_pair() -> None:
     state = make_state(20)
     runner = Engine(state, list(SPACE), None)

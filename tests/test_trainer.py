@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from bmsn.errors import RunStopped
+from bmsn.errors import InputError, RunStopped
 from bmsn.network import SupernetMixture
 from bmsn.space import SearchSpace
-from bmsn.trainer import device_step, out_of_memory_said, train_step, working_copies
+from bmsn.trainer import batch_accuracy, device_step, out_of_memory_said, train_step, working_copies
 from stacked import channels_last, needs_cpp
 
 SETTINGS = dict(momentum=0.9, weight_decay=1e-3)
@@ -85,6 +85,27 @@ def test_what_is_not_finite_changes_nothing(spoilt: str, backend: str, monkeypat
     assert loss != loss
     assert torch.equal(nets.arena.detach(), before)
     assert (velocity == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("space", "supernet", "message"),
+    [
+        ("resnet18-cifar10", 0, r"architecture \[1,1,1,6\] \(index 0\) is not in resnet20-cifar10"),
+        ("resnet14-cifar10", 0, r"architecture \[1,1,5\] \(index 0\) is not in resnet20-cifar10"),
+        ("resnet20-cifar10", 5, r"supernet must be in 0\.\.1; got 5"),
+        ("resnet20-cifar10", -1, r"supernet must be in 0\.\.1; got -1"),
+    ],
+)
+def test_a_pair_that_is_not_there_is_bad_input(space: str, supernet: int, message: str) -> None:
+    """Any places for the poolings would do for the forward pass, and row -1 for the accuracy."""
+    nets, (images, labels) = make_nets(), make_batch(torch.float32)
+    architecture, velocity = SearchSpace.named(space)[0], torch.zeros_like(nets.arena.detach())
+    before = nets.arena.detach().clone()
+    with pytest.raises(InputError, match=message):
+        train_step(nets, velocity, architecture, supernet, images, labels, lr=0.1, **SETTINGS)
+    with pytest.raises(InputError, match=message):
+        batch_accuracy(nets, architecture, supernet, images, labels)
+    assert torch.equal(nets.arena.detach(), before)
 
 
 def test_the_count_is_that_of_the_logits() -> None:
