@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -263,19 +264,13 @@ class Engine:
         """Records the graph of an architecture, or gives graphs up for the rest of the run."""
         assert self._backend is not None
         architecture = self._architectures[index]
-        if self._scratch is None:
-            self._scratch = self.state.scratch()
-        scratch = self._scratch
-
-        def warm_up() -> None:
-            scratch.step.zero_()
-            scratch.mixture.supernet.zero_()
-            search_step(scratch, architecture)
-
         try:
-            self._graphs[index] = self._backend.capture(warm_up, lambda: search_step(self.state, architecture))
-        except GraphMemoryError as error:
-            _log.warning("no memory for CUDA graphs, going on eagerly: %s", error)
+            if self._scratch is None:
+                self._scratch = self.state.scratch()
+            warm_up = partial(_warm_up, self._scratch, architecture)
+            self._graphs[index] = self._backend.capture(warm_up, partial(search_step, self.state, architecture))
+        except (GraphMemoryError, torch.OutOfMemoryError) as error:
+            _log.warning("no memory for CUDA graphs, going on eagerly: %s", str(error).splitlines()[0])
             self.state.step.item()  # waits: no graph may go while it runs
             self._graphs.clear()
             self._backend = self._scratch = None
@@ -292,6 +287,12 @@ class Engine:
             pair = f"architecture {self._architectures[self._drawn[step]]}, supernet {supernets[step - start]}"
             raise RunStopped(f"step {step}, {pair}: {error}") from error
         return Steps(losses.astype(np.float64), correct / state.validation.batch_size, supernets)
+
+
+def _warm_up(scratch: SearchState, architecture: Architecture) -> None:
+    scratch.step.zero_()
+    scratch.mixture.supernet.zero_()
+    search_step(scratch, architecture)
 
 
 def choose_engine(engine: str, device: torch.device) -> str:

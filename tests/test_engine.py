@@ -167,6 +167,26 @@ def test_without_memory_for_graphs_it_goes_on_eagerly_and_says_so_once(caplog: p
     ]
 
 
+def test_without_memory_to_warm_up_it_goes_on_eagerly_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What graphs are warmed up on is made before the first is recorded."""
+
+    def full(state: SearchState) -> SearchState:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+    eager, recorded, graphs = make_state(20), make_state(20), RecordedGraphs()
+    run(eager, blocks=(20,))
+    monkeypatch.setattr(SearchState, "scratch", full)
+    with caplog.at_level(logging.WARNING):
+        run(recorded, graphs, blocks=(10, 20))
+    assert_same_state(tensors_of(eager), tensors_of(recorded))
+    assert graphs.captured == 0
+    assert [record.message for record in caplog.records] == [
+        "no memory for CUDA graphs, going on eagerly: CUDA out of memory. Tried to allocate 2 GiB."
+    ]
+
+
 def test_a_refresh_falls_between_validation_and_balance() -> None:
     state = make_state(10)
     seen: list[dict[str, Tensor]] = []
