@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import logging
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -26,6 +28,7 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "reference", "cpp", "triton")
 
 CONVOLUTIONS = ("auto", "ours", "library")  # of the Triton backend
+OLDEST_TRITON = (3, 6)  # as in pyproject.toml
 
 # What each op has, best first: `auto` takes the first that can run. A new op is one line here.
 OPS: Mapping[str, tuple[str, ...]] = {
@@ -61,6 +64,22 @@ def extension() -> ModuleType | None:
 
 
 @functools.cache
+def _find_triton() -> tuple[bool, str]:
+    """Whether there is a Triton that runs bmsn.kernels, without importing it, and what is wrong where there is not."""
+    if importlib.util.find_spec("triton") is None:
+        return False, "Triton is not installed (pip install 'bmsn[triton]')"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # built from source, or shipped in a package of another name
+        return True, "Triton of an unknown version"
+    number = re.match(r"(\d+)\.(\d+)", version)
+    if number is not None and tuple(map(int, number.groups())) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return False, f"Triton {version} is too old, bmsn.kernels needs {oldest} (pip install 'bmsn[triton]')"
+    return True, f"Triton {version}"
+
+
+@functools.cache
 def _warn_once(reason: str) -> None:
     logger.warning("bmsn runs on its slow reference backend: %s", reason)
 
@@ -74,12 +93,13 @@ def _state(backend: str, device: torch.device) -> tuple[bool, str]:
         if module is not None and device.type != "cpu":
             return False, f"cpp runs on the CPU alone, the tensors are on {device}"
         return module is not None, reason
-    if importlib.util.find_spec("triton") is None:
-        return False, "Triton is not installed (pip install 'bmsn[triton]')"
+    usable, found = _find_triton()
+    if not usable:
+        return False, found
     if device.type == "cuda":
-        return True, f"Triton on {device}"
+        return True, f"{found} on {device}"
     if os.environ.get("TRITON_INTERPRET") == "1":
-        return True, "Triton's interpreter (TRITON_INTERPRET=1)"
+        return True, f"{found}, its interpreter (TRITON_INTERPRET=1)"
     return False, f"Triton needs CUDA tensors (or TRITON_INTERPRET=1), the tensors are on {device}"
 
 

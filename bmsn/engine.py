@@ -10,9 +10,9 @@ Source: Javan et al. 2023, section 2.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -213,9 +213,13 @@ class Engine:
         state: of the search, at any step.
         architectures: of the space, by index.
         graphs: records and replays the steps; None: they run eagerly.
+    Raises:
+        InputError: an architecture that is not in the space of the supernets.
     """
 
     def __init__(self, state: SearchState, architectures: Sequence[Architecture], graphs: GraphBackend | None) -> None:
+        for architecture in architectures:
+            state.nets.space.check(architecture)
         self.state = state
         self._architectures, self._backend = architectures, graphs
         self._drawn = state.mixture.architectures.tolist()
@@ -233,21 +237,20 @@ class Engine:
             start: steps done so far.
             refresh: called inside the last step, between validation and balance, with the state as it is there.
         Raises:
-            InputError, BalanceError: a balance failed. RunStopped: the device is out of memory.
+            RunStopped: a balance failed.
         """
         state = self.state
-        with _out_of_memory_said(start, state.step.device):
-            for step in range(start, stop):
-                state.train.prepare(step)
-                state.validation.prepare(step)
-                index = self._drawn[step]
-                if refresh is not None and step == stop - 1:
-                    measured = train_and_validate(state, self._architectures[index])
-                    refresh()
-                    observe_and_draw(state, *measured)
-                else:
-                    self._step(index)
-            return self._look(start, stop)
+        for step in range(start, stop):
+            state.train.prepare(step)
+            state.validation.prepare(step)
+            index = self._drawn[step]
+            if refresh is not None and step == stop - 1:
+                measured = train_and_validate(state, self._architectures[index])
+                refresh()
+                observe_and_draw(state, *measured)
+            else:
+                self._step(index)
+        return self._look(start, stop)
 
     def _step(self, index: int) -> None:
         if self._backend is not None and index not in self._graphs:
@@ -261,19 +264,13 @@ class Engine:
         """Records the graph of an architecture, or gives graphs up for the rest of the run."""
         assert self._backend is not None
         architecture = self._architectures[index]
-        if self._scratch is None:
-            self._scratch = self.state.scratch()
-        scratch = self._scratch
-
-        def warm_up() -> None:
-            scratch.step.zero_()
-            scratch.mixture.supernet.zero_()
-            search_step(scratch, architecture)
-
         try:
-            self._graphs[index] = self._backend.capture(warm_up, lambda: search_step(self.state, architecture))
-        except GraphMemoryError as error:
-            _log.warning("no memory for CUDA graphs, going on eagerly: %s", error)
+            if self._scratch is None:
+                self._scratch = self.state.scratch()
+            warm_up = partial(_warm_up, self._scratch, architecture)
+            self._graphs[index] = self._backend.capture(warm_up, partial(search_step, self.state, architecture))
+        except (GraphMemoryError, torch.OutOfMemoryError) as error:
+            _log.warning("no memory for CUDA graphs, going on eagerly: %s", str(error).splitlines()[0])
             self.state.step.item()  # waits: no graph may go while it runs
             self._graphs.clear()
             self._backend = self._scratch = None
@@ -292,16 +289,10 @@ class Engine:
         return Steps(losses.astype(np.float64), correct / state.validation.batch_size, supernets)
 
 
-@contextmanager
-def _out_of_memory_said(step: int, device: torch.device) -> Iterator[None]:
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        raise RunStopped(
-            f"step {step} or soon after: out of memory on {device} at a peak of {peak / 2**30:.2f} GiB; checkpoints "
-            f"are intact; a smaller batch_size may help ({str(error).splitlines()[0]})"
-        ) from error
+def _warm_up(scratch: SearchState, architecture: Architecture) -> None:
+    scratch.step.zero_()
+    scratch.mixture.supernet.zero_()
+    search_step(scratch, architecture)
 
 
 def choose_engine(engine: str, device: torch.device) -> str:

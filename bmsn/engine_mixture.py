@@ -95,7 +95,7 @@ class MixtureEngine:
             start: steps done so far.
             refresh: changes the host's mixture inside the last step, before its accuracies are averaged in.
         Raises:
-            RunStopped: a balance failed, or the device is out of memory.
+            RunStopped: a balance failed.
         """
 
         def refresh_both() -> None:

@@ -18,6 +18,7 @@ from bmsn.racing import Race
 from bmsn.result import SearchResult
 from bmsn.runfolder import MetricsFile, RunFolder
 from bmsn.space import SearchSpace
+from bmsn.trainer import out_of_memory_said, resolve_device
 
 _log = logging.getLogger("bmsn.search")
 
@@ -56,8 +57,8 @@ def run_search(
         The result; with `resume` on a finished run, the stored one.
     Raises:
         InputError: settings, data or run folder that cannot be used; found before the first step where it can be.
-        RunStopped: 20 losses in a row that are not finite, or a balance that cannot be solved; the last checkpoint is
-            kept.
+        RunStopped: 20 losses in a row that are not finite, a balance that cannot be solved, or no memory left; the last
+            checkpoint is kept.
         Interrupted: `should_stop` said so.
     """
     started = time.perf_counter()
@@ -70,10 +71,13 @@ def run_search(
             folder = RunFolder.resume(settings.out, settings.as_dict(), ignore=_NOT_COMPARED)
             if folder.is_finished:
                 return SearchResult.from_json(folder.result_path.read_text(), str(folder.result_path))
-        loop = SearchLoop(settings, _open(settings) if data is None else data)
+        images = _open(settings) if data is None else data
+        with out_of_memory_said(lambda: "before the first step", resolve_device(settings.device)):
+            loop = SearchLoop(settings, images)
         if settings.out is not None and folder is None:  # only now: bad input leaves no folder behind
             folder = RunFolder.create(settings.out, settings.as_dict())
-        return _search(loop, folder, should_stop, progress, started)
+        with out_of_memory_said(lambda: _place(loop), loop.device):
+            return _search(loop, folder, should_stop, progress, started)
     finally:
         if folder is not None:
             folder.close()
@@ -204,6 +208,14 @@ def _latency(loop: SearchLoop) -> Latency:
         loop.space, loop.searched, num_classes=data.num_classes, in_channels=data.in_channels,
         image_size=data.image_size, device=loop.config.device,
     )  # fmt: skip
+
+
+def _place(loop: SearchLoop) -> str:
+    """Where a search is, and what is left of it if it ends there."""
+    last = loop.step == loop.num_steps
+    step = "after the last step" if last else f"step {loop.step} of {loop.num_steps} or soon after"
+    kept = "nothing is kept without --out" if loop.config.out is None else "the last checkpoint is intact"
+    return f"{step} ({kept})"
 
 
 def _how_to_go_on(config: SearchConfig) -> str:

@@ -27,7 +27,7 @@ from bmsn.network import build_path_network
 from bmsn.paths import Candidate, as_path, check_path
 from bmsn.rng import torch_seed
 from bmsn.space import SearchSpace
-from bmsn.trainer import arena_step, compute_dtype, learning_rate
+from bmsn.trainer import arena_step, compute_dtype, learning_rate, out_of_memory_said
 
 _log = logging.getLogger(__name__)
 
@@ -137,13 +137,28 @@ def train_alone(
         progress: called every 25 steps and after the last one with the share of the training that is done.
     Raises:
         InputError: settings, space and data that do not fit, or no test images.
-        RunStopped: a loss or a gradient is not finite.
+        RunStopped: a loss or a gradient is not finite, or no memory is left.
     """
     check_path(space, as_path(space, architecture))
     check_data(space, data)
+    chosen = np.arange(len(data.train_labels)) if indices is None else indices
+    with out_of_memory_said(lambda: f"architecture {architecture}, seed {seed}", device):
+        return _train(space, architecture, data, settings, seed, device, chosen, progress)
+
+
+def _train(
+    space: SearchSpace,
+    architecture: Candidate,
+    data: ImageDataset,
+    settings: TrainingSettings,
+    seed: int,
+    device: torch.device,
+    chosen: np.ndarray,
+    progress: Callable[[float], None],
+) -> TrainedNetwork:
+    """`train_alone` on the training images `chosen`, unchecked."""
     started = time.perf_counter()
     dtype = compute_dtype(device)
-    chosen = np.arange(len(data.train_labels)) if indices is None else indices
     table = normalisation_table(*normalisation(data.train_images, chosen))
     stream = BatchStream(
         data.train_images, data.train_labels, chosen, table,

@@ -6,17 +6,20 @@ Source: Javan et al. 2023, section 2.2: one SGD step of w_m on a training batch,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from bmsn.config import Procedure
-from bmsn.errors import InputError
+from bmsn.errors import InputError, RunStopped
 from bmsn.network import SupernetMixture
 from bmsn.ops.cross_entropy import cross_entropy
 from bmsn.ops.sgd import sgd
 from bmsn.space import Architecture
+
+_HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"  # torch has no class of its own for this error
 
 
 def resolve_device(device: str) -> torch.device:
@@ -30,6 +33,29 @@ def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on CUDA and on CPUs with AMX or AVX512-BF16, float32 elsewhere."""
     fast = device.type == "cuda" or torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+@contextmanager
+def out_of_memory_said(where: Callable[[], str], device: torch.device) -> Iterator[None]:
+    """Turns torch's errors for want of memory into RunStopped, which says how much was in use at most.
+
+    Args:
+        where: what was going on, asked for when it fails.
+        device: of the computation; batches may be made on the host.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            full = f"{device} at a peak of {peak / 2**30:.2f} GiB"
+        elif _HOST_IS_FULL in str(error):
+            full = "cpu"
+        else:
+            raise
+        raise RunStopped(
+            f"{where()}: out of memory on {full}; a smaller batch_size may help ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def learning_rate(progress: float, lr: float, min_lr: float, procedure: Procedure) -> float:
@@ -145,7 +171,10 @@ def train_step(
 
     Returns:
         The mean cross-entropy; where it or a gradient is not finite NaN, and nothing has changed.
+    Raises:
+        InputError: an architecture or supernet that is not there.
     """
+    _check_pair(mixture, architecture, supernet)
     arena = mixture.arena
     loss, _ = device_step(
         mixture, velocity, copies, architecture, torch.tensor(supernet, device=arena.device), images, labels,
@@ -190,6 +219,18 @@ def descend(
 def batch_accuracy(
     mixture: SupernetMixture, architecture: Architecture, supernet: int, images: Tensor, labels: Tensor
 ) -> float:
-    """Share of `images` (channels_last) that the pair classifies correctly, as one statistics group."""
+    """Share of `images` (channels_last) that the pair classifies correctly, as one statistics group.
+
+    Raises:
+        InputError: an architecture or supernet that is not there.
+    """
+    _check_pair(mixture, architecture, supernet)
     logits = mixture.forward_row(mixture.arena[supernet], images, architecture)
     return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def _check_pair(mixture: SupernetMixture, architecture: Architecture, supernet: int) -> None:
+    """Another space's architecture would train as well: any places for the poolings do."""
+    mixture.space.check(architecture)
+    if not 0 <= supernet < mixture.num_supernets:
+        raise InputError(f"supernet must be in 0..{mixture.num_supernets - 1}; got {supernet}")

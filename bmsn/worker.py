@@ -122,6 +122,8 @@ def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any
     except InputError as error:
         return "input", str(error)
     except RunStopped as error:
+        if isinstance(error.__cause__, torch.OutOfMemoryError):  # others on the GPU may end
+            return "error", str(error)
         return "stopped", str(error)
     except (BrokenPipeError, ConnectionResetError):
         raise

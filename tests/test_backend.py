@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +21,25 @@ from installation import REPOSITORY, run_outside
 def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BMSN_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.fixture
+def install_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str | None], None]]:
+    """Pretends that Triton is installed in a version, and nothing else with it; None: without metadata."""
+
+    def install(version: str | None) -> None:
+        def version_of(name: str) -> str:
+            if version is None:
+                raise backend.importlib.metadata.PackageNotFoundError(name)
+            return version
+
+        monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+        monkeypatch.setattr(backend.importlib.metadata, "version", version_of)
+        backend._find_triton.cache_clear()
+
+    backend._find_triton.cache_clear()
+    yield install
+    backend._find_triton.cache_clear()
 
 
 @pytest.fixture
@@ -75,18 +97,42 @@ def test_unknown_names(monkeypatch: pytest.MonkeyPatch) -> None:
         backend.resolve("balance")
 
 
-def test_triton_is_for_cuda_tensors_and_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_triton_is_for_cuda_tensors_and_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch, install_triton: Callable[[str | None], None]
+) -> None:
     choices = ("triton", "reference")
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'bmsn\[triton\]'"):
         backend.resolve("balance", "triton", choices, "cuda")
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    install_triton("3.6.0")
     assert backend.resolve("balance", "auto", choices, "cuda") == "triton"
     assert backend.resolve("balance", "auto", choices, "cpu") == "reference"
     with pytest.raises(InputError, match="Triton needs CUDA tensors"):
         backend.resolve("balance", "triton", choices, "cpu")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert backend.resolve("balance", "triton", choices, "cpu") == "triton"
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "3.5.1", "3.5.0+git1234"])
+def test_a_triton_that_is_too_old_is_not_taken(version: str, install_triton: Callable[[str | None], None]) -> None:
+    install_triton(version)
+    assert backend.resolve("sgd", device="cuda") == "reference"
+    with pytest.raises(InputError, match=rf"Triton {re.escape(version)} is too old, bmsn\.kernels needs 3\.6 "):
+        backend.resolve("sgd", "triton", device="cuda")
+    assert "is too old" in backend.backend_report().backends["triton"]
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.10.0a1", "4.0", None, "unknown"])
+def test_every_other_triton_is_taken(version: str | None, install_triton: Callable[[str | None], None]) -> None:
+    """Also one whose version nobody can tell: it is for its kernels to fail, not for us to guess."""
+    install_triton(version)
+    assert backend.resolve("sgd", "triton", device="cuda") == backend.resolve("sgd", device="cuda") == "triton"
+
+
+def test_the_oldest_triton_is_that_of_the_requirements() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    (requirement,) = project["optional-dependencies"]["triton"]
+    assert f">={'.'.join(map(str, backend.OLDEST_TRITON))}," in requirement
 
 
 @pytest.mark.usefixtures("fake_extension")

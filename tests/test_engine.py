@@ -1,6 +1,6 @@
 """The engine: its step against a loop written out with torch's own SGD, and graphs against eager, bit for bit.
 
-Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of a step; test_gpu.py has CUDA's.
+Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of a step; test_engine_gpu.py has CUDA's.
 """
 
 from __future__ import annotations
@@ -136,6 +136,14 @@ def test_a_loss_that_is_not_finite_changes_its_pair_in_nothing(graphs: RecordedG
     assert (state.mixture.scores[1] == 1).all()
 
 
+def test_an_architecture_of_another_space_is_bad_input() -> None:
+    """As many as the space has, so that every index is there; the last one alone would be found late, if at all."""
+    foreign = list(bmsn.SearchSpace.named("resnet18-cifar10"))[: len(SPACE)]
+    for architectures in (foreign, [*list(SPACE)[:-1], foreign[-1]]):
+        with pytest.raises(InputError, match=r"architecture \[.*\] \(index \d+\) is not in resnet14-cifar10"):
+            Engine(make_state(5), architectures, None)
+
+
 def test_a_balance_that_fails_names_step_and_pair() -> None:
     state = make_state(20)
     runner = Engine(state, list(SPACE), None)
@@ -159,14 +167,24 @@ def test_without_memory_for_graphs_it_goes_on_eagerly_and_says_so_once(caplog: p
     ]
 
 
-def test_out_of_memory_stops_with_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: object, **settings: object) -> None:
+def test_without_memory_to_warm_up_it_goes_on_eagerly_too(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What graphs are warmed up on is made before the first is recorded."""
+
+    def full(state: SearchState) -> SearchState:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
 
-    monkeypatch.setattr(engine, "device_step", fails)
-    message = r"step 0 or soon after: out of memory on cpu at a peak of 0.00 GiB; checkpoints.*Tried to allocate 2 GiB"
-    with pytest.raises(RunStopped, match=message):
-        run(make_state(5), blocks=(5,))
+    eager, recorded, graphs = make_state(20), make_state(20), RecordedGraphs()
+    run(eager, blocks=(20,))
+    monkeypatch.setattr(SearchState, "scratch", full)
+    with caplog.at_level(logging.WARNING):
+        run(recorded, graphs, blocks=(10, 20))
+    assert_same_state(tensors_of(eager), tensors_of(recorded))
+    assert graphs.captured == 0
+    assert [record.message for record in caplog.records] == [
+        "no memory for CUDA graphs, going on eagerly: CUDA out of memory. Tried to allocate 2 GiB."
+    ]
 
 
 def test_a_refresh_falls_between_validation_and_balance() -> None:

@@ -93,6 +93,16 @@ def test_a_gradient_that_is_not_finite_stops_it_even_if_the_last_loss_is(data, m
     assert calls[-1].isfinite()
 
 
+@pytest.mark.parametrize("part", ["arena_step", "count_correct"])
+def test_out_of_memory_stops_it(data, monkeypatch, part):
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(bmsn.standalone, part, full)
+    with pytest.raises(bmsn.RunStopped, match=r"architecture \[1,1,5\], seed 4: out of memory on cpu.*allocate 2 GiB"):
+        train_alone(SPACE, SPACE[0], data, SETTINGS, seed=4, device=CPU)
+
+
 def test_every_test_image_is_counted(data, monkeypatch):
     """36 images in batches of 10: the last one is short."""
     monkeypatch.setattr(bmsn.standalone, "_TEST_BATCH", 10)

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from bmsn.errors import InputError, RunStopped
 from bmsn.network import SupernetMixture
 from bmsn.space import SearchSpace
-from bmsn.trainer import device_step, train_step, working_copies
+from bmsn.trainer import batch_accuracy, device_step, out_of_memory_said, train_step, working_copies
 from stacked import channels_last, needs_cpp
 
 SETTINGS = dict(momentum=0.9, weight_decay=1e-3)
@@ -86,6 +87,27 @@ def test_what_is_not_finite_changes_nothing(spoilt: str, backend: str, monkeypat
     assert (velocity == 1).all()
 
 
+@pytest.mark.parametrize(
+    ("space", "supernet", "message"),
+    [
+        ("resnet18-cifar10", 0, r"architecture \[1,1,1,6\] \(index 0\) is not in resnet20-cifar10"),
+        ("resnet14-cifar10", 0, r"architecture \[1,1,5\] \(index 0\) is not in resnet20-cifar10"),
+        ("resnet20-cifar10", 5, r"supernet must be in 0\.\.1; got 5"),
+        ("resnet20-cifar10", -1, r"supernet must be in 0\.\.1; got -1"),
+    ],
+)
+def test_a_pair_that_is_not_there_is_bad_input(space: str, supernet: int, message: str) -> None:
+    """Any places for the poolings would do for the forward pass, and row -1 for the accuracy."""
+    nets, (images, labels) = make_nets(), make_batch(torch.float32)
+    architecture, velocity = SearchSpace.named(space)[0], torch.zeros_like(nets.arena.detach())
+    before = nets.arena.detach().clone()
+    with pytest.raises(InputError, match=message):
+        train_step(nets, velocity, architecture, supernet, images, labels, lr=0.1, **SETTINGS)
+    with pytest.raises(InputError, match=message):
+        batch_accuracy(nets, architecture, supernet, images, labels)
+    assert torch.equal(nets.arena.detach(), before)
+
+
 def test_the_count_is_that_of_the_logits() -> None:
     nets, (images, labels) = make_nets(), make_batch(torch.float32, 32)
     logits = nets(images, nets.space.default, 1)
@@ -116,3 +138,20 @@ def test_the_step_looks_at_no_value(name: str, dtype: torch.dtype, monkeypatch: 
             )  # fmt: skip
             assert (loss.shape, loss.dtype) == ((), torch.float32)
             assert (correct.shape, correct.dtype) == ((), torch.int64)
+
+
+def test_out_of_memory_is_said_with_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    message = r"^step 7: out of memory on cuda at a peak of 3\.00 GiB; a smaller batch_size may help \(CUDA.*2 GiB\.\)$"
+    with pytest.raises(RunStopped, match=message), out_of_memory_said(lambda: "step 7", torch.device("cuda")):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore lines")
+
+
+def test_a_full_host_is_said_too_and_other_errors_are_left_alone() -> None:
+    """The host's memory may be what is missing on a machine with a GPU."""
+    message = r"^now: out of memory on cpu;.*tried to allocate 4503599627370496 bytes"
+    with pytest.raises(RunStopped, match=message), out_of_memory_said(lambda: "now", torch.device("cuda")):
+        torch.empty(2**50)
+    with pytest.raises(RuntimeError, match="shape") as caught, out_of_memory_said(lambda: "now", torch.device("cpu")):
+        torch.zeros(2, 3) @ torch.zeros(2, 3)
+    assert not isinstance(caught.value, RunStopped)
