@@ -140,6 +140,12 @@ class SupernetMixture(nn.Module):
         matrix, bias = head.split([self.space.out_channels * self.num_classes, self.num_classes], -1)
         return Weights(stem, layers, matrix.view(*rows, self.num_classes, -1), bias)
 
+    def check(self, architecture: Architecture, supernet: int) -> None:
+        """Raise InputError unless the pair is there. Another space's architecture would run as well."""
+        self.space.check(architecture)
+        if not 0 <= supernet < self.num_supernets:
+            raise InputError(f"supernet must be in 0..{self.num_supernets - 1}; got {supernet}")
+
     def forward(self, images: Tensor, architecture: Architecture, supernet: int) -> Tensor:
         """Logits of one batch, which is one statistics group.
 
@@ -153,9 +159,7 @@ class SupernetMixture(nn.Module):
         Raises:
             InputError: an architecture or supernet that is not there, or images that do not fit.
         """
-        self.space.check(architecture)
-        if not 0 <= supernet < self.num_supernets:
-            raise InputError(f"supernet must be in 0..{self.num_supernets - 1}; got {supernet}")
+        self.check(architecture, supernet)
         check_images(self, images)
         return self.forward_row(
             self.arena[supernet], images.contiguous(memory_format=torch.channels_last), architecture

@@ -174,7 +174,7 @@ def train_step(
     Raises:
         InputError: an architecture or supernet that is not there.
     """
-    _check_pair(mixture, architecture, supernet)
+    mixture.check(architecture, supernet)
     arena = mixture.arena
     loss, _ = device_step(
         mixture, velocity, copies, architecture, torch.tensor(supernet, device=arena.device), images, labels,
@@ -224,13 +224,6 @@ def batch_accuracy(
     Raises:
         InputError: an architecture or supernet that is not there.
     """
-    _check_pair(mixture, architecture, supernet)
+    mixture.check(architecture, supernet)
     logits = mixture.forward_row(mixture.arena[supernet], images, architecture)
     return (logits.argmax(1) == labels).sum().item() / len(labels)
-
-
-def _check_pair(mixture: SupernetMixture, architecture: Architecture, supernet: int) -> None:
-    """Another space's architecture would train as well: any places for the poolings do."""
-    mixture.space.check(architecture)
-    if not 0 <= supernet < mixture.num_supernets:
-        raise InputError(f"supernet must be in 0..{mixture.num_supernets - 1}; got {supernet}")
