@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +10,7 @@ import torch
 
 import bmsn
 from bmsn.data import BatchStream, normalisation, normalisation_table
-from bmsn.engine import GraphMemoryError, SearchState, StepSettings
+from bmsn.engine import GraphMemoryError, SearchState, Steps, StepSettings
 from bmsn.mixture import inverse_temperature
 from bmsn.ops.mixture_step import MixtureTensors
 from bmsn.trainer import working_copies
@@ -26,19 +26,23 @@ def make_state(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     lr: float = 0.05,
+    seed: int = 0,
 ) -> SearchState:
-    """A search over the 15 architectures of a narrow ResNet-14, 8x8 images in four classes; a pure function."""
-    device, data, random = torch.device(device), tiny_images(), np.random.default_rng(2)
+    """A search over the 15 architectures of a narrow ResNet-14, 8x8 images in four classes; a pure function.
+
+    `seed` is of weights, batches and draws; the images are the same.
+    """
+    device, data, random = torch.device(device), tiny_images(), np.random.default_rng(2 + seed)
     table = normalisation_table(*normalisation(data.train_images))
     halves = np.arange(64), np.arange(64, 128)
     streams = [
         BatchStream(
             data.train_images, data.train_labels, half, table,
-            batch_size=BATCH, dtype=dtype, seed=1, purpose=purpose, augment=purpose == "train", device=device,
+            batch_size=BATCH, dtype=dtype, seed=1 + seed, purpose=purpose, augment=purpose == "train", device=device,
         )
         for half, purpose in zip(halves, ("train", "validation"), strict=True)
     ]  # fmt: skip
-    nets = bmsn.SupernetMixture(SPACE, SUPERNETS, 4, generator=torch.Generator().manual_seed(0)).to(device)
+    nets = bmsn.SupernetMixture(SPACE, SUPERNETS, 4, generator=torch.Generator().manual_seed(seed)).to(device)
     mixture = MixtureTensors.create(
         len(SPACE), SUPERNETS, random.integers(0, len(SPACE), num_steps + 1),
         np.array([inverse_temperature(step / num_steps, "inverse", SUPERNETS) for step in range(num_steps + 1)]),
@@ -48,6 +52,17 @@ def make_state(
     lrs = [lr * (1 - step / num_steps) for step in range(num_steps)]
     velocity = torch.zeros_like(nets.arena.detach())
     return SearchState.create(nets, velocity, working_copies(nets, dtype), *streams, mixture, lrs, SETTINGS)
+
+
+def assert_curves_agree(one: Sequence[Steps], other: Sequence[Steps]) -> None:
+    """Their losses differ by less than seeds do: searches of the same seeds, at least two, in the same order.
+
+    Of blocks of 20 steps, the means over seeds are compared with the standard deviation of `one` over its seeds.
+    """
+    blocks, others = (np.stack([done.losses.reshape(-1, 20).mean(1) for done in runs]) for runs in (one, other))
+    spread = blocks.std(0, ddof=1)
+    difference = np.abs(blocks.mean(0) - others.mean(0))
+    assert difference.mean() < spread.mean(), (difference, spread)
 
 
 @dataclass

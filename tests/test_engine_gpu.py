@@ -12,7 +12,7 @@ import torch
 from bmsn.engine import Engine, Steps, search_step, tensors_of
 from bmsn.ops.batches import augment
 from bmsn.ops.mixture_step import MixtureTensors, failure, mixture_step
-from engines import BATCH, SPACE, make_state
+from engines import BATCH, SPACE, assert_curves_agree, make_state
 from stacked import HAS_TRITON, INTERPRETING
 from test_balance import accuracies, hard_scores
 from test_mixture_step import probabilities
@@ -28,19 +28,26 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture(autouse=True)
-def exact() -> Iterator[None]:
-    """Deterministic algorithms and no TF32, for one test."""
+def ieee() -> Iterator[None]:
+    """No TF32, for one test."""
     before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    torch.use_deterministic_algorithms(True)
     yield
-    torch.use_deterministic_algorithms(False)
     torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_graphs_are_eager_bit_for_bit_over_200_steps(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Deterministic algorithms, for one test."""
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic matrix products ask for
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_graphs_are_eager_bit_for_bit_over_200_steps(dtype: torch.dtype) -> None:
     eager, graphs = make_state(device=CUDA, dtype=dtype), make_state(device=CUDA, dtype=dtype)
     wanted = Engine(eager, list(SPACE), None).run(0, 200)
     recorded = Engine(graphs, list(SPACE), CudaGraphs(CUDA))
@@ -52,6 +59,16 @@ def test_graphs_are_eager_bit_for_bit_over_200_steps(dtype: torch.dtype, monkeyp
     for name, tensor in tensors_of(eager).items():
         assert torch.equal(tensor, tensors_of(graphs)[name]), name
     assert wanted.losses[-50:].mean() < 0.7 * wanted.losses[:50].mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_determinism_loss_curves_agree_within_the_spread_over_seeds(dtype: torch.dtype) -> None:
+    seeds = range(3)
+    eager = [Engine(make_state(device=CUDA, dtype=dtype, seed=seed), list(SPACE), None) for seed in seeds]
+    graphs = [Engine(make_state(device=CUDA, dtype=dtype, seed=seed), list(SPACE), CudaGraphs(CUDA)) for seed in seeds]
+    curves = [[engine.run(0, 200) for engine in engines] for engines in (eager, graphs)]
+    assert all(engine.uses_graphs for engine in graphs)
+    assert_curves_agree(*curves)
 
 
 def test_the_first_steps_are_those_of_the_cpu() -> None:
