@@ -6,6 +6,8 @@ A call normalises + ReLUs its input, convolves, and measures its output: what st
 once. The floor is the larger of two times: every map read and written once at a copy's speed, and the arithmetic at
 the speed of a large product, both measured in the same process. The row `library conv + our sweeps` says for each shape
 whether cuDNN's or oneDNN's convolution would win over the fused kernel.
+
+batch_statistics alone reads each map once; its floor is that read, at a copy's speed. Eager's are rounded to bfloat16.
 """
 
 from __future__ import annotations
@@ -98,3 +100,25 @@ def test_ours_against_the_library(
             rows[-1] += f"  {'library' if library < ours else 'ours'}"
     with capsys.disabled():
         print("\nkernel, dtype, channels in and out, ours, library's", *rows, sep="\n")
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (64, 8)], ids=lambda s: "{}-{}px".format(*s))
+def test_batch_statistics(benchmark: BenchmarkFixture, device: torch.device, shape: tuple[int, int]) -> None:
+    gpu = device.type == "cuda"
+    groups, images, (channels, size) = 16 if gpu else 2, 256 if gpu else 128, shape
+    x = torch.randn((groups * images, channels, size, size), device=device).bfloat16() + 3
+    x = x.contiguous(memory_format=torch.channels_last)
+
+    def eager(x: Tensor = x) -> Tensor:
+        found = [torch.var_mean(part, (0, 2, 3), correction=0) for part in x.chunk(groups)]
+        variance, mean = (torch.stack(parts) for parts in zip(*found, strict=True))
+        return torch.stack([mean, (variance + EPS).rsqrt()])
+
+    calls = {"bmsn": lambda: batch_statistics(x, groups), "eager": eager}
+    exact = eager(x.double())  # the gate: float32's precision
+    torch.testing.assert_close(calls["bmsn"]().double(), exact, rtol=1e-5, atol=0)
+    seconds = interleaved(calls, rounds=10 if gpu else 7, repeats=10 if gpu else 3)
+    benchmark.group = f"batch_statistics {channels}, {groups} groups of {images} x {size}x{size}, {device.type}"
+    report_floor(benchmark, seconds["bmsn"], device, bytes_moved=x.nbytes)
+    report(benchmark, seconds, "bmsn")
+    benchmark.pedantic(calls["bmsn"], rounds=5)
