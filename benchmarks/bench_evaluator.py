@@ -8,9 +8,11 @@ as many states at a time as is fastest. Where it says `(6 sampled, scaled by MAC
 MACs were timed and their time multiplied. A compiled peer is one torch.compile for each of these six (on a GPU with
 CUDA graphs), the time of compiling apart; past dynamo's limit of recompilations it fails instead of running eagerly.
 
-`logit error` and `count error` are those of the run that is timed, against float64 on the six: the largest logit
-difference, and the images counted differently over all of them. Calibrated scoring measures its statistics anew in
-every call, on a 64th of the images.
+`logit error` and `count error` of a row are those of what is timed, in its dtype, against float64 on three of the six:
+the largest logit difference, and the images counted differently over all of them. A row of ours with a logit error
+above twice eager's in the same dtype fails before anything is timed. For calibrated scoring both, eager and float64,
+freeze the statistics that they themselves find on the calibration images, and 64 images are compared. Ours measures
+its statistics anew in every call, on a 64th of the images.
 """
 
 from __future__ import annotations
@@ -21,13 +23,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, cycle
 from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
-from peers import EagerNet, interleaved, report, spread_in_macs, synchronise
+from peers import EagerNet, freeze, interleaved, report, spread_in_macs, synchronise
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
@@ -37,13 +41,15 @@ from bmsn.space import Architecture, SearchSpace
 from bmsn.trainer import compute_dtype
 
 SAMPLED = "(6 sampled, scaled by MACs)"
+TOGETHER = {"cpu": (1, 2, 4), "cuda": (4, 12, 36)}
 
 
 class Case:
-    """A supernet, one batch of images, and what of it each peer computes."""
+    """A supernet, images, `batch_size` of them a statistics group (None: all), and what each peer computes of them."""
 
-    def __init__(self, name: str, batch: int, device: torch.device) -> None:
+    def __init__(self, name: str, batch: int, device: torch.device, batch_size: int | None = None) -> None:
         self.space, self.batch, self.device = SearchSpace.named(name), batch, device
+        self.batch_size = batch_size or batch
         classes = 100 if "100" in name else 10
         self.nets = SupernetMixture(self.space, 1, classes, generator=torch.Generator().manual_seed(0)).to(device)
         matrix = self.nets.arena.detach()[:, -(self.space.out_channels + 1) * classes : -classes].view(classes, -1)
@@ -53,6 +59,7 @@ class Case:
         self.dtype = compute_dtype(device)
         self.fast = self.images.to(self.dtype).contiguous(memory_format=torch.channels_last)
         self.six, self.scale = spread_in_macs(self.nets, 6)
+        self.three = [self.six[place] for place in (0, 2, 5)]  # whose logits are compared: float64 takes its time
 
     def peers(self, architectures: Sequence[Architecture], fast: bool) -> list[EagerNet]:
         found = [EagerNet(self.nets, architecture).to(self.device) for architecture in architectures]
@@ -68,41 +75,87 @@ class Case:
         return run
 
     def ours(self, **how: object) -> Callable[[], Tensor]:
-        return lambda: score_architectures(self.nets, self.fast, self.labels, batch_size=self.batch, **how).correct
+        return lambda: score_architectures(self.nets, self.fast, self.labels, batch_size=self.batch_size, **how).correct
 
     @torch.no_grad()
-    def errors(self, **how: object) -> dict[str, object]:
-        """Largest difference of a logit, and of the counts, from float64, of the architectures in `six`."""
-        logits: dict[Architecture, Tensor] = {}
+    def logits(self, **how: object) -> dict[Architecture, Tensor]:
+        """What `ours(**how)` counts by, (images, classes) of each architecture: its head keeps them."""
         pairs = all_pairs(self.nets)
-        plan = make_plan(self.nets, self.fast, pairs, batch_size=self.batch)
-        ends = iter([pairs[s.pair][0] for wave in plan.waves for s in wave.states if s.pair is not None])
+
+        def ends(images: Tensor, batch_size: int) -> list[Architecture]:
+            waves = make_plan(self.nets, images, pairs, batch_size=batch_size).waves
+            return [pairs[state.pair][0] for wave in waves for state in wave.states if state.pair is not None]
+
+        calibration = how.get("calibration_images")  # are scored first: statistics come from a pass of their own
+        measured = [] if calibration is None else [None for _ in ends(calibration, len(calibration))]
+        order = chain(measured, cycle(ends(self.fast, self.batch_size)))
+        found: dict[Architecture | None, list[Tensor]] = {}
 
         def head(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, groups: int, **_: object) -> Tensor:
-            found = F.linear(x.mean((2, 3), dtype=weight.dtype), weight[0], bias[0]).view(groups, len(labels), -1)
-            logits.update({next(ends): part for part in found})
-            return (found.argmax(2) == labels).sum(1)
+            logits = F.linear(x.mean((2, 3), dtype=weight.dtype), weight[0], bias[0]).view(groups, len(labels), -1)
+            for part in logits:
+                found.setdefault(next(order), []).append(part)
+            return (logits.argmax(2) == labels).sum(1)
 
         with patch("bmsn.execution.head", head):
             self.ours(**how)()
-        ours, eager, counted, largest = 0.0, 0.0, 0, 0.0
-        for architecture, net in zip(self.six, self.peers(self.six, True), strict=True):
-            exact = self.nets.forward_row(self.nets.arena[0].double(), self.images.double(), architecture)
-            found = logits[architecture]
-            right = [int((one.argmax(1) == self.labels).sum()) for one in (found, exact)]
-            counted, largest = counted + abs(right[0] - right[1]), max(largest, float(exact.abs().max()))
-            ours = max(ours, float((found - exact).abs().max()))
-            eager = max(eager, float((net(self.fast) - exact).abs().max()))
+        return {architecture: torch.cat(found[architecture]) for architecture in self.three}
+
+    @torch.no_grad()
+    def eager_logits(self, dtype: torch.dtype, calibration: Tensor | None) -> dict[Architecture, Tensor]:
+        """One by one: batch after batch, or the first 64 images with the statistics on `calibration`, frozen."""
+        found = {}
+        for architecture, net in zip(self.three, self.peers(self.three, False), strict=True):
+            net = net.to(dtype).to(memory_format=torch.channels_last)
+            parts = self.images.split(self.batch_size)
+            if calibration is not None:  # frozen, an image's logits depend on no other image
+                freeze(net, calibration.to(dtype))
+                parts = (self.images[:64],)
+            elif dtype == torch.float64:  # which the supernet itself computes in a fraction of the time
+                net = partial(self.nets.forward_row, self.nets.arena[0].double(), architecture=architecture)
+            found[architecture] = torch.cat([net(part.to(dtype)) for part in parts])
+        return found
+
+    def check(self, rows: dict[str, dict[str, object]], eager_row: str = "") -> dict[str, object]:
+        """The errors of each row of ours (name: how it is scored) and of `eager_row`; none is above twice eager's."""
+        info: dict[str, object] = {}
+        for calibrated in (False, True):
+            chosen = {name: how for name, how in rows.items() if ("calibration_images" in how) == calibrated}
+            if not chosen:
+                continue
+            calibration = self.images[: len(next(iter(chosen.values()))["calibration_images"])] if calibrated else None
+            exact, eager = (self.eager_logits(dtype, calibration) for dtype in (torch.float64, self.dtype))
+            limit = 2 * self.error(eager, exact)
+            for name, how in chosen.items():
+                found = self.logits(**how)
+                assert self.error(found, exact) <= limit, f"{name}: logits {self.error(found, exact):.3g} from float64"
+                info |= self.errors(name, found, exact) | {f"{name} (twice eager's)": f"{limit:.2g}"}
+            if eager_row and not calibrated:
+                info |= self.errors(eager_row, eager, exact)
+        return info
+
+    def error(self, found: dict[Architecture, Tensor], exact: dict[Architecture, Tensor]) -> float:
+        return max(float((found[a][: len(exact[a])] - exact[a]).abs().max()) for a in self.three)
+
+    def errors(
+        self, name: str, found: dict[Architecture, Tensor], exact: dict[Architecture, Tensor]
+    ) -> dict[str, object]:
+        """Largest difference of a logit, and of the counts, from float64, of the architectures in `three`."""
+        images = len(exact[self.three[0]])
+        labels = self.labels[:images]
+        right = [[int((one[a][:images].argmax(1) == labels).sum()) for a in self.three] for one in (found, exact)]
+        largest = max(float(logits.abs().max()) for logits in exact.values())
+        differ = sum(abs(a - b) for a, b in zip(*right, strict=True))
         return {
-            "logit error": f"{ours:.2g}, eager {eager:.2g}, largest logit {largest:.2g}",
-            "count error": f"{counted} of {len(self.six) * self.batch}",
+            f"{name} (logit error)": f"{self.error(found, exact):.2g} of {largest:.2g}",
+            f"{name} (count error)": f"{differ} of {images * len(self.three)}",
         }
 
 
 def bare_convolutions(case: Case, states: int) -> tuple[Callable[[], None], int]:
     """The plan's convolutions and nothing else, `states` at a time, and their multiply-accumulates."""
     nets, images = case.nets, case.fast
-    plan = make_plan(nets, images, all_pairs(nets), batch_size=case.batch)
+    plan = make_plan(nets, images, all_pairs(nets), batch_size=case.batch_size)
     weights = nets.weights(nets.arena.detach()[0], images.dtype)
     calls, macs = [], 0
     for wave in plan.waves:
@@ -142,41 +195,40 @@ def compiled(case: Case) -> tuple[list[Callable[[Tensor], Tensor]], float]:
     return networks, time.perf_counter() - start
 
 
-def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, rounds: int, floor: bool) -> None:
-    """All rows of one space and batch size; `whole`: every architecture of the eager peers, else six, scaled."""
+def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, rounds: int, together: Sequence[int]) -> None:
+    """All rows of one space and batch size.
+
+    `whole`: every architecture of the eager peers, else six, scaled. `together`: states that the floor tries at a time.
+    """
     chosen = list(case.space) if whole else case.six
     scale, note = (1.0, "") if whole else (case.scale, " " + SAMPLED)
     slow, fast = case.peers(chosen, False), case.peers(chosen, True)
     benchmark.group = (
         f"scoring {len(case.space)} architectures of {case.space.name}, {case.batch} images, {case.device.type}"
     )
-    # The gate: in float32 the plan and the peer agree but for rounding ties.
+    # The gates: in float32 the plan and the peer agree but for rounding ties; in the dtype that is timed see `check`.
     found = score_architectures(case.nets, case.images, case.labels, [(a, 0) for a in chosen], case.batch).correct
     authors = case.one_by_one(slow, False)
     assert (found - authors()).abs().max() <= max(1, case.batch // 100)
-    calibrated = {"norm": "calibrated", "calibration_images": case.fast[: max(2, case.batch // 64)]}
-    calls: dict[str, Callable[[], object]] = {
-        "one pass": case.ours(),
-        "one pass, reference ops": case.ours(backend="reference"),
-        "one pass, calibrated": case.ours(**calibrated),
-        f"one by one, the authors' way{note}": authors,
-        f"one by one, eager in the same dtype{note}": case.one_by_one(fast, True),
+    ours = {
+        "one pass": {},
+        "one pass, reference ops": {"backend": "reference"},
+        "one pass, calibrated": {"norm": "calibrated", "calibration_images": case.fast[: max(2, case.batch // 64)]},
     }
+    eager = f"one by one, eager in the same dtype{note}"
+    benchmark.extra_info |= case.check(ours, eager)
+    calls: dict[str, Callable[[], object]] = {name: case.ours(**how) for name, how in ours.items()}
+    calls |= {f"one by one, the authors' way{note}": authors, eager: case.one_by_one(fast, True)}
     scales = dict.fromkeys([name for name in calls if name.endswith(SAMPLED)], scale)
-    benchmark.extra_info |= case.errors()
-    if floor:
-        bare = {
-            states: bare_convolutions(case, states) for states in ((36,) if case.device.type == "cuda" else (1, 2, 4))
-        }
-        timed = interleaved({str(states): run for states, (run, _) in bare.items()}, rounds=2)
-        best = min(bare, key=lambda states: statistics.median(timed[str(states)]))
-        calls["bare convolutions"] = bare[best][0]
-        benchmark.extra_info["states of a bare convolution"] = best
+    bare = {states: bare_convolutions(case, states) for states in together}
+    timed = interleaved({str(states): run for states, (run, _) in bare.items()}, rounds=2)
+    best = min(bare, key=lambda states: statistics.median(timed[str(states)]))
+    calls["bare convolutions"] = bare[best][0]
+    benchmark.extra_info["states of a bare convolution"] = f"{best}, the fastest of {', '.join(map(str, together))}"
     seconds = interleaved(calls, rounds)
     seconds = {name: [scales.get(name, 1.0) * value for value in values] for name, values in seconds.items()}
-    if floor:
-        rate = 2 * bare[best][1] / statistics.median(seconds["bare convolutions"])
-        benchmark.extra_info["bare convolutions (GFLOP/s)"] = round(rate / 1e9)
+    rate = 2 * bare[best][1] / statistics.median(seconds["bare convolutions"])
+    benchmark.extra_info["bare convolutions (GFLOP/s)"] = round(rate / 1e9)
     report(benchmark, seconds, "one pass")
     benchmark.pedantic(calls["one pass"], rounds=2)
     fastest, reference = (statistics.median(seconds[name]) for name in ("one pass", "one pass, reference ops"))
@@ -188,7 +240,7 @@ def measure(benchmark: BenchmarkFixture, case: Case, *, whole: bool, rounds: int
 def test_scoring(benchmark: BenchmarkFixture, device: torch.device, full: bool) -> None:
     gpu = device.type == "cuda"
     case = Case("resnet20-cifar10", 256, device)
-    measure(benchmark, case, whole=True, rounds=5 if full or gpu else 2, floor=True)
+    measure(benchmark, case, whole=True, rounds=5 if full or gpu else 2, together=TOGETHER[device.type])
 
 
 @pytest.mark.parametrize("batch", [256, 1024])
@@ -203,6 +255,7 @@ def test_scoring_against_compiled(benchmark: BenchmarkFixture, device: torch.dev
     benchmark.extra_info["compiling one architecture (s)"] = round(seconds_compiling / len(networks), 1)
     compiled_ones, peers = case.one_by_one(networks, True), case.one_by_one(case.peers(case.six, True), True)
     assert (compiled_ones() - peers()).abs().max() <= max(3, batch // 50)  # the gate
+    benchmark.extra_info |= case.check({"one pass": {}})
     name = f"one by one, compiled {SAMPLED}"
     seconds = interleaved({"one pass": case.ours(), name: compiled_ones}, rounds=5)
     seconds[name] = [case.scale * value for value in seconds[name]]
@@ -214,23 +267,23 @@ def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.devi
     """To reach on an H200: 150 ms, calibrated 110 ms. Two runs give the same counts."""
     if device.type != "cuda":
         pytest.skip("25,000 images are for a GPU")
-    case = Case("resnet20-cifar10", 25_000, device)
-    nets, images, labels = case.nets, case.fast, case.labels
+    case = Case("resnet20-cifar10", 25_000, device, batch_size=256)
     eager = case.peers(case.six, fast=True)
 
     @torch.no_grad()
     def one_by_one() -> None:
         for net in eager:
-            for batch in images.split(256):
+            for batch in case.fast.split(256):
                 net(batch).argmax(1)
 
-    calls = {
-        "one pass": lambda: score_architectures(nets, images, labels).correct,
-        "one pass, calibrated": lambda: (
-            score_architectures(nets, images, labels, norm="calibrated", calibration_images=images[:256]).correct
-        ),
-        f"one by one, eager in the same dtype {SAMPLED}": one_by_one,
+    ours = {
+        "one pass": {},
+        "one pass, calibrated": {"norm": "calibrated", "calibration_images": case.fast[:256]},
     }
+    peer = f"one by one, eager in the same dtype {SAMPLED}"
+    benchmark.extra_info |= case.check(ours, peer)
+    calls: dict[str, Callable[[], object]] = {name: case.ours(**how) for name, how in ours.items()}
+    calls[peer] = one_by_one
     assert torch.equal(calls["one pass"](), calls["one pass"]())
     benchmark.group = "scoring 36 architectures of resnet20-cifar10, 25,000 images in batches of 256, cuda"
     torch.cuda.reset_peak_memory_stats()
@@ -238,7 +291,7 @@ def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.devi
     seconds = {
         name: [v * (case.scale if name.endswith(SAMPLED) else 1) for v in found] for name, found in seconds.items()
     }
-    benchmark.extra_info["batches at once"] = make_plan(nets, images, all_pairs(nets)).batch_size // 256
+    benchmark.extra_info["batches at once"] = make_plan(case.nets, case.fast, all_pairs(case.nets)).batch_size // 256
     benchmark.extra_info["peak memory (GiB)"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     report(benchmark, seconds, "one pass")
     benchmark.pedantic(calls["one pass"], rounds=2)
@@ -247,14 +300,14 @@ def test_scoring_validation_half(benchmark: BenchmarkFixture, device: torch.devi
 @pytest.mark.usefixtures("needs_full")
 def test_scoring_large_batches(benchmark: BenchmarkFixture, device: torch.device) -> None:
     gpu = device.type == "cuda"
-    measure(benchmark, Case("resnet20-cifar10", 1024, device), whole=gpu, rounds=3, floor=True)
+    measure(benchmark, Case("resnet20-cifar10", 1024, device), whole=gpu, rounds=3, together=TOGETHER[device.type])
 
 
 @pytest.mark.usefixtures("needs_full")
 def test_scoring_560_architectures(benchmark: BenchmarkFixture, device: torch.device) -> None:
     """To reach on a CPU, batch 8: 4 times one by one in the same precision."""
-    batch = 256 if device.type == "cuda" else 8
-    measure(benchmark, Case("resnet50-cifar100", batch, device), whole=False, rounds=2, floor=False)
+    batch, together = (256, (1, 4, 8)) if device.type == "cuda" else (8, (4, 8, 16))
+    measure(benchmark, Case("resnet50-cifar100", batch, device), whole=False, rounds=2, together=together)
 
 
 @pytest.mark.usefixtures("needs_full")

@@ -61,6 +61,22 @@ class EagerNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
+@torch.no_grad()
+def freeze(net: EagerNet, images: Tensor) -> None:
+    """Every BatchNorm keeps from now on the mean and biased variance, in float32 at least, that it has on `images`."""
+
+    def measure(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        norm.running_var, norm.running_mean = torch.var_mean(x, (0, 2, 3), correction=0)
+
+    norms = [module for module in net.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(measure) for norm in norms]
+    net.train()(images)
+    for hook in hooks:
+        hook.remove()
+    net.eval()
+
+
 def spread_in_macs(nets: SupernetMixture, count: int) -> tuple[list[Architecture], float]:
     """`count` architectures evenly spaced in MACs, and by what their time is to be multiplied to stand for all."""
     ordered = sorted(nets.space, key=nets.space.macs)

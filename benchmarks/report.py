@@ -3,7 +3,8 @@
     python benchmarks/report.py FILE.json [FILE.json ...]       # of pytest --benchmark-json=FILE.json
 
 Reads what `peers.report` leaves in a benchmark's extra_info: `NAME (ms)` for every side, `OURS against PEER` for the
-ratio; whatever else is there becomes a line under the table. A benchmark without peers has its median alone.
+ratio, `NAME (logit error)` and the like for how exact that same side is; whatever else is there becomes a line under
+the table. A benchmark without peers has its median alone.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 AGAINST = " against "
+ERRORS = ("logit error", "twice eager's", "count error")  # columns of their own where a side has them
 
 
 def table(benchmark: dict[str, Any]) -> Iterator[str]:
@@ -27,10 +29,13 @@ def table(benchmark: dict[str, Any]) -> Iterator[str]:
     if not times:
         times = {"median": round(1e3 * benchmark["stats"]["median"], 4)}
     of_peer = {name.split(AGAINST)[1]: text for name, text in ratios.items()}
-    yield "| what | ms | ours against it |"
-    yield "|---|---|---|"
+    found = {error: {name: info.pop(f"{name} ({error})", "") for name in times} for error in ERRORS}
+    errors = {error: texts for error, texts in found.items() if any(texts.values())}
+    yield f"| {' | '.join(['what', 'ms', 'ours against it', *errors])} |"
+    yield "|---" * (3 + len(errors)) + "|"
     for name, milliseconds in times.items():
-        yield f"| {name} | {milliseconds:g} | {of_peer.get(name, '')} |"
+        exact = [texts[name] for texts in errors.values()]
+        yield f"| {' | '.join([name, f'{milliseconds:g}', of_peer.get(name, ''), *exact])} |"
     yield ""
     yield "; ".join(f"{name}: {value}" for name, value in info.items())
     yield ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
@@ -13,6 +14,30 @@ from installation import PIP_OPTIONS, Environment, copy_sources
 
 hypothesis.settings.register_profile("bmsn", deadline=None)  # no test asserts a wall-clock time
 hypothesis.settings.load_profile("bmsn")
+
+
+SUMMARY_ROW = "a row of the table at the end"
+
+
+@pytest.fixture
+def summary_row(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Lists a row after all tests, of failed ones too; as a property of the report it comes from a worker process."""
+    return lambda row: record_property(SUMMARY_ROW, row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    rows = [
+        value
+        for report in reports
+        if report.when == "call"
+        for name, value in report.user_properties
+        if name == SUMMARY_ROW
+    ]
+    if rows:
+        terminalreporter.section("what compiled kernels take")
+        for row in sorted(rows):
+            terminalreporter.line(row)
 
 
 @pytest.fixture(

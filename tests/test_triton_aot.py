@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 
 import pytest
 
@@ -24,24 +25,24 @@ def no_cache(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_configuration_for_sm_90(case: aot.Case) -> None:
+def test_every_configuration_for_sm_90(case: aot.Case, summary_row: Callable[[str], None]) -> None:
     for launch in aot.record(case.launch):
         usage = aot.compile_launch(launch, 90)
-        print(aot.row(case, 90, usage))
+        summary_row(aot.row(case, 90, usage))
         assert usage.registers > 0
         assert usage.shared <= 227 * 1024  # what a block can have
         assert aot.may_spill(case, 90) or usage.local == usage.stack == 0, aot.row(case, 90, usage)
 
 
 @pytest.mark.parametrize("architecture", [80, 100])
-def test_every_kernel_for_other_architectures(architecture: int) -> None:
+def test_every_kernel_for_other_architectures(architecture: int, summary_row: Callable[[str], None]) -> None:
     seen = set()
     for case in CASES:
         for launch in aot.record(case.launch):
             if (launch.kernel, case.dtype) not in seen:
                 seen.add((launch.kernel, case.dtype))
                 usage = aot.compile_launch(launch, architecture)
-                print(aot.row(case, architecture, usage))
+                summary_row(aot.row(case, architecture, usage))
                 assert usage.shared <= 163 * 1024  # an A100's block
     assert len({kernel for kernel, _ in seen}) == 13
 
