@@ -162,23 +162,18 @@ def convolve_cpp(
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
+    def described(branch: Branch) -> tuple[object, ...]:
+        weight, y = branch.weight, branch.y
+        scaled = tuple(map(address, (branch.scale, branch.shift, branch.shortcut)))
+        return (
+            *(weight.shape[-1], y.shape[1], weight.data_ptr(), len(weight), weight.stride(0), branch.transposed),
+            *(y.data_ptr(), address(branch.stats), scaled, branch.relu),
+            tuple(map(address, (branch.masked_by, branch.masked_stats))),
+        )
+
     loaded_extension().conv_forward(
         (num_groups, len(x) // num_groups, x.shape[2], x.shape[3], x.shape[1]),
         *(x.data_ptr(), address(stats), address(weight_index)),
-        [
-            (
-                *(
-                    b.weight.shape[-1],
-                    b.y.shape[1],
-                    b.weight.data_ptr(),
-                    len(b.weight),
-                    b.weight.stride(0),
-                    b.transposed,
-                ),
-                *(b.y.data_ptr(), address(b.stats), tuple(map(address, (b.scale, b.shift, b.shortcut))), b.relu),
-                tuple(map(address, (b.masked_by, b.masked_stats))),
-            )
-            for b in branches
-        ],
+        [described(branch) for branch in branches],
         *(EPS, torch.get_num_threads()),
     )
