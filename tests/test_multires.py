@@ -207,7 +207,9 @@ def test_the_dtypes_of_training(dtype):
     """Layouts that the ops ask for survive pooling, repeating and weighting; errors are those of the dtype."""
     space = SearchSpace.named("resnet14-cifar10", width=0.5)
     nets = make_nets(space, 3).float()
-    images, labels = torch.randn(8, 3, 16, 16).contiguous(memory_format=torch.channels_last), torch.arange(8) % 4
+    # seeded: with one set of images in ten a value lies so near 0 that float32 and float64 disagree about ReLU
+    images = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    images, labels = images.contiguous(memory_format=torch.channels_last), torch.arange(8) % 4
     shares = torch.full((7, 3), 1 / 3).requires_grad_()
     path = ResolutionPath((0, 2, 0, 1, 2, 0, 1))
 
