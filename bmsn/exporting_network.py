@@ -82,7 +82,8 @@ def network_from_supernet(
     Raises:
         InputError: an architecture or supernet that is not there, or images that do not fit.
     """
-    nets.check(architecture, supernet)
+    if not 0 <= supernet < nets.num_supernets:  # the architecture may be a path outside the space
+        raise InputError(f"supernet must be in 0..{nets.num_supernets - 1}; got {supernet}")
     check_images(nets, calibration_images)
     if calibration_images.dtype == torch.bfloat16:
         raise InputError("calibration_images must be float32 or float64; got bfloat16, too coarse for statistics")
