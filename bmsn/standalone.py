@@ -195,7 +195,7 @@ class _Training:
     """A network that is trained and all that a step changes, in tensors; a step waits for nothing.
 
     Attributes:
-        fused: the network; it starts from the weights of `network`, which is left as it is.
+        fused: the network; it starts from the weights of `network`, which `fused.write_back` brings up to date.
         loss: (), of the last step; sum_of_losses: (), of all.
     """
 

@@ -26,6 +26,7 @@ from bmsn.space import SearchSpace
 OPTIONAL_SETTINGS = (
     "refresh_every", "score_every", "evaluate_top", "race", "norm", "engine", "warm_up", "ucb_constant",
     "alpha_lr", "max_macs", "rank_by", "average_last", "adapt", "adapt_lr", "start_accuracy",
+    "split_after",
 )  # fmt: skip
 _FITS_ALL = {"rank_by": "assigned"}  # beside the default
 
@@ -119,6 +120,9 @@ class Sampler(ABC):
     def refresh(self, pairs: Sequence[tuple[int, int]], accuracy: NDArray[np.float64]) -> None:
         """Replaces what is known of `pairs` by accuracies on one batch, where the method takes `refresh_every`."""
         raise NotImplementedError(f"{type(self).__name__} takes no refresh_every")
+
+    def split(self) -> None:
+        """All supernets have become copies of the first, where the method takes `split_after`."""
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Numbers for the record of kind "step" in metrics.jsonl, after `step` steps."""

@@ -1,7 +1,7 @@
 """Few-shot: the supernet is split by the position of the first pooling, one supernet for each.
 
-Source: Zhao et al. 2021, "Few-shot neural architecture search" (a supernet split by one choice); Javan et al. 2023,
-section 3, splits by the first pooling.
+Source: Zhao et al. 2021, "Few-shot neural architecture search" (a supernet split by one choice, its parts beginning as
+copies of it: `split_after`); Javan et al. 2023, section 3, splits by the first pooling.
 """
 
 from __future__ import annotations
@@ -37,9 +37,12 @@ class FewShotSampler(Sampler):
         seed: of the draws.
         decay: beta of the moving averages.
         in_blocks: draw in shuffled blocks of each once instead of independently.
+        num_alone: steps, the first ones, in which supernet 0 trains what is drawn for any of them.
     """
 
-    def __init__(self, space: SearchSpace, num_steps: int, seed: int, *, decay: float, in_blocks: bool) -> None:
+    def __init__(
+        self, space: SearchSpace, num_steps: int, seed: int, *, decay: float, in_blocks: bool, num_alone: int = 0
+    ) -> None:
         self.group = first_pooling_groups(space)
         self.averages = MovingAverages(len(space), decay)
         num_groups = int(self.group.max()) + 1
@@ -51,6 +54,7 @@ class FewShotSampler(Sampler):
                 len(members), len(steps), seed, in_blocks=in_blocks, purpose=f"architectures/{supernet}"
             )
             self._architectures[steps] = members[drawn]
+        self._supernets[:num_alone] = 0
 
     def propose(self, step: int) -> tuple[int, int]:
         return int(self._architectures[step]), int(self._supernets[step])
@@ -92,6 +96,7 @@ class FewShot(SupernetMethod):
 
     name: ClassVar[str] = "few-shot"
     estimate: ClassVar[str] = "a[c]"
+    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"split_after"}
 
     @classmethod
     def num_supernets(cls, space: SearchSpace) -> int:
@@ -103,4 +108,5 @@ class FewShot(SupernetMethod):
         return FewShotSampler(
             problem.space, problem.num_steps, config.seed,
             decay=config.procedure.ema_decay, in_blocks=config.procedure.visits == "blocks",
+            num_alone=problem.num_alone,
         )  # fmt: skip

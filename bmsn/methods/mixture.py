@@ -38,6 +38,7 @@ class MixtureSampler(Sampler):
         balance_every: steps from one balance to the next.
         temperature: 1/tau after a number of steps, 0 to `num_steps`.
         start_accuracy: a[c,m] before the first visit.
+        num_alone: steps, the first ones, in which supernet 0 trains alone.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class MixtureSampler(Sampler):
         balance_every: int,
         temperature: Callable[[int], float],
         start_accuracy: float = 1.0,
+        num_alone: int = 0,
     ) -> None:
         self._space, self._num_steps, self.temperature = space, num_steps, temperature
         self.balance_every = balance_every
@@ -65,6 +67,7 @@ class MixtureSampler(Sampler):
         # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
         self.drawn = draw_uniform(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
         self.uniforms = generator(seed, "supernets").random(num_steps + 1)
+        self.uniforms[:num_alone] = 0.0  # draws the first supernet: all have a probability until 1/tau has grown
         self.supernet = self.mixture.draw(int(self.drawn[0]), temperature(0), float(self.uniforms[0]))
 
     def propose(self, step: int) -> tuple[int, int]:
@@ -83,6 +86,11 @@ class MixtureSampler(Sampler):
 
     def refresh(self, pairs: Sequence[tuple[int, int]], accuracy: NDArray[np.float64]) -> None:
         self.mixture.refresh(accuracy.reshape(self.mixture.scores.shape), ema=False)
+
+    def split(self) -> None:
+        """All supernets become copies of the first, and what is known of it is known of them."""
+        first = self.mixture.scores[:, :1]
+        self.mixture.refresh(first.repeat(self.mixture.num_supernets, axis=1), ema=False)
 
     def pairs(self) -> list[tuple[int, int]]:
         rows, cols = self.mixture.scores.shape
@@ -126,7 +134,12 @@ class Mixture(SupernetMethod):
     """`--method mixture`: M supernets, each architecture ranked by its accuracy in its best one."""
 
     name: ClassVar[str] = "mixture"
-    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {"engine", "rank_by", "start_accuracy"}
+    settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {
+        "engine",
+        "rank_by",
+        "start_accuracy",
+        "split_after",
+    }
     sampler: MixtureSampler
 
     def __init__(self, problem: Problem) -> None:
@@ -148,12 +161,20 @@ class Mixture(SupernetMethod):
     def make_sampler(cls, problem: Problem) -> MixtureSampler:
         config = problem.config
         every = config.balance_every
+
+        def temperature(step: int) -> float:
+            """The schedule begins where all supernets train."""
+            progress, split = problem.progress(step), config.split_after
+            since = (progress - split) / (1 - split) if progress > split else 0.0
+            return inverse_temperature(since, config.schedule, config.supernets)
+
         return MixtureSampler(
             problem.space, config.supernets, problem.num_steps, config.seed,
             procedure=config.procedure,
             balance_every=problem.train.steps_per_epoch if every == "epoch" else every,
-            temperature=lambda step: inverse_temperature(problem.progress(step), config.schedule, config.supernets),
+            temperature=temperature,
             start_accuracy=config.start_accuracy,
+            num_alone=problem.num_alone,
         )  # fmt: skip
 
     def steps(self, step: int, stop: int) -> list[Outcome]:
@@ -164,9 +185,11 @@ class Mixture(SupernetMethod):
             stop = step + 1
         if self.average is not None:
             stop = min(stop, self.average.next_after(step))
+        if step < problem.num_alone:
+            stop = min(stop, problem.num_alone)
         refresh = partial(self._refresh, stop - 1) if every and stop % every == 0 else None  # in the last of them
         done, self.sampler.supernet = self._engine.run(step, stop, refresh)
-        self._average(stop)
+        self._after(stop)
         outcomes = []
         for index, supernet, loss, accuracy in zip(
             self.sampler.drawn[step:stop].tolist(), done.supernets, done.losses, done.accuracies, strict=True
@@ -177,6 +200,11 @@ class Mixture(SupernetMethod):
             trained = f"architecture {problem.space[index]} with supernet {supernet}"
             outcomes.append(Outcome(float(loss), float(accuracy) if finite else None, trained))
         return outcomes
+
+    def _split(self) -> None:
+        super()._split()
+        if self._engine is not None:
+            self._engine.load(self.sampler.supernet)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)

@@ -40,6 +40,11 @@ class Problem:
     num_steps: int
     macs: tuple[int, ...]
 
+    @property
+    def num_alone(self) -> int:
+        """Steps, the first ones, in which one supernet trains alone."""
+        return round(self.config.split_after * self.num_steps)
+
     def progress(self, step: int) -> float:
         """Share of the search that is done at `step`, in [0, 1]; constant within an epoch if the preset says so."""
         if self.config.procedure.anneal == "epoch":

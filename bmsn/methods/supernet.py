@@ -88,7 +88,7 @@ class SupernetMethod(Method):
         if config.refresh_every and (step + 1) % config.refresh_every == 0:
             self._refresh(step)
         self.sampler.observe(step, index, supernet, accuracy)
-        self._average(step + 1)
+        self._after(step + 1)
         return Outcome(loss, accuracy, f"architecture {architecture} with supernet {supernet}")
 
     def _refresh(self, step: int) -> None:
@@ -98,10 +98,18 @@ class SupernetMethod(Method):
         self._count(scores)
         self.sampler.refresh(self.sampler.pairs(), scores.accuracy.numpy())
 
-    def _average(self, step: int) -> None:
-        """Takes the weights after `step` steps into the mean, where it is their turn."""
+    def _after(self, step: int) -> None:
+        """What is due after `step` steps: the split of the supernet, and taking the weights into their mean."""
+        if step == self.problem.num_alone:
+            self._split()
         if self.average is not None:
             self.average.update(step, self.nets)
+
+    def _split(self) -> None:
+        """The supernet that has trained alone becomes all of them."""
+        for rows in (self.nets.arena.detach(), self.velocity):
+            rows[1:] = rows[0]
+        self.sampler.split()
 
     def rank(self) -> Ranking:
         return self.sampler.rank()
