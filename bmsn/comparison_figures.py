@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bmsn import methods
-from bmsn.correlation import agreement
+from bmsn.correlation import ranking_agreement
 from bmsn.intervals import bootstrap_interval, student_interval
 from bmsn.result import SearchResult
 from bmsn.space import SearchSpace
@@ -70,15 +70,8 @@ def describe_run(
         truth: stand-alone accuracy in points, by architecture index.
     """
     ranking, default = result.ranking, space.default
-    macs = {row.architecture.index: float(row.macs) for row in ranking}
-    if result.config["method"] == "macs":  # which puts those of equal MACs in the order of the space
-        predicted = macs
-    elif methods.get(result.config["method"]).by_accuracy:
-        whole = [row for row in ranking if row.images_seen == result.scores["total"]]
-        predicted = {row.architecture.index: row.value for row in whole if row.value is not None}
-    else:
-        predicted = {row.architecture.index: -float(row.rank) for row in ranking}
-    agreed = agreement(predicted, truth, macs)
+    method, whole = result.config["method"], [row for row in ranking if row.images_seen == result.scores["total"]]
+    agreed = ranking_agreement(ranking, whole, truth, method=method, by_accuracy=methods.get(method).by_accuracy)
     within = next(row for row in ranking if row.macs_ratio <= 1)
     figures: dict[str, float | None] = {
         "accuracy": truth.get(result.best.architecture.index),
@@ -92,11 +85,7 @@ def describe_run(
         "gain_within_macs": no_row.format(
             " and ".join(str(a) for a in dict.fromkeys((within.architecture, default)) if a.index not in truth)
         ),
-        "partial_kendall": "MACs decide the ranking or the truth",
-    }
-    correlations = dict.fromkeys(("kendall_tau_b", "spearman", "partial_kendall"), agreed.get("undefined"))
-    reasons |= {name: reason for name, reason in correlations.items() if reason is not None}
-    fallback = "no architecture has both a rank and a row in the truth"
+    } | agreed.get("undefined", {})
     return Run(
         label=label,
         budget=budget,
@@ -106,7 +95,7 @@ def describe_run(
         path=result.method.get("resolution_path"),
         n=agreed["n"],
         figures={name: figures[name] for name in FIGURES},
-        undefined={name: reasons.get(name, fallback) for name in FIGURES if figures[name] is None},
+        undefined={name: reasons[name] for name in FIGURES if figures[name] is None},
         cost={name: result.cost[name] for name in COSTS},
         timings={name: result.timings[name] for name in TIMINGS},
     )

@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from bmsn.errors import InputError
-from bmsn.space import SearchSpace
+from bmsn.space import Architecture, SearchSpace
 
+_BY_MACS = "MACs decide the ranking or the truth"
 PUBLISHED = {"resnet20-cifar10": "cifar10_resnet20.csv"}
 
 
@@ -47,7 +48,12 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
         raise InputError(f"truth {source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
     truth: dict[int, float] = {}
     for number, row in enumerate(reader, start=1):
-        index = space.find(row["stage_depths"] or "").index
+        try:
+            index = space.find(row["stage_depths"] or "").index
+        except InputError as error:
+            raise InputError(f"truth {source}: row {number}: {error}") from error
+        if index in truth:
+            raise InputError(f"truth {source}: row {number}: stage_depths {row['stage_depths']} stands there twice")
         try:
             accuracy = float(row["accuracy_mean"])
         except (TypeError, ValueError):
@@ -62,36 +68,103 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
     return truth
 
 
-def agreement(predicted: Mapping[int, float], truth: Mapping[int, float], macs: Mapping[int, float]) -> dict[str, Any]:
-    """Figures of a ranking against the truth, over the architectures that both have.
+CORRELATIONS = ("kendall_tau_b", "spearman", "partial_kendall")
+REGRETS = {k: f"regret_top{k}" for k in (1, 3, 5)}
+
+
+def agreement(
+    predicted: Mapping[int, float],
+    truth: Mapping[int, float],
+    macs: Mapping[int, float],
+    order: Sequence[int] | None = None,
+) -> dict[str, Any]:
+    """Figures of a ranking against the truth.
 
     Args:
-        predicted: what the ranking is by, larger is better; keys are architecture indices.
+        predicted: what the ranking is by, larger is better; keys are architecture indices. Correlations are over those
+            that the truth has, too.
         truth: stand-alone accuracy.
-        macs: multiply-accumulates, for the partial correlation.
+        macs: multiply-accumulates of all architectures that were searched.
+        order: their indices, the best first, as the ranking was shown; None: by `predicted`, of equal ones the first.
     Returns:
-        n, kendall_tau_b, spearman, partial_kendall (given MACs), and regret_top1, 3, 5: the best true accuracy among
-        the n less the best among the first k of the ranking, in the truth's units. A figure that is not defined (a
-        constant ranking) is None, and `undefined` says why.
+        n, the architectures of the correlations; kendall_tau_b, spearman, partial_kendall (given MACs); regret_top1, 3,
+        5: the best true accuracy of all that were searched less the best of the first k of the ranking, in the truth's
+        units. `undefined` has the reason for each figure that is None.
     """
     common = sorted(set(predicted) & set(truth))
     p, t, m = (np.array([float(values[i]) for i in common]) for values in (predicted, truth, macs))
     result: dict[str, Any] = {"n": len(common)}
+    undefined: dict[str, str] = {}
     constant = [name for name, values in (("ranking", p), ("truth", t)) if len(common) < 2 or np.ptp(values) == 0]
     if constant:
-        result |= {
-            "kendall_tau_b": None,
-            "spearman": None,
-            "partial_kendall": None,
-            "undefined": f"constant {' and '.join(constant)}",
-        }
+        result |= dict.fromkeys(CORRELATIONS)
+        few = f"{len(common)} of them in the truth" if len(common) < 2 else f"constant {' and '.join(constant)}"
+        undefined |= dict.fromkeys(CORRELATIONS, few)
     else:
         result |= {"kendall_tau_b": _kendall(p, t), "spearman": float(_stats().spearmanr(p, t).statistic)}
         result["partial_kendall"] = partial_kendall(p, t, m)
-    order = np.argsort(-p, kind="stable")
-    for k in (1, 3, 5):
-        result[f"regret_top{k}"] = float(t.max() - t[order[:k]].max()) if common else None
-    return result
+        if result["partial_kendall"] is None:
+            undefined["partial_kendall"] = _BY_MACS
+    known = {i: float(truth[i]) for i in macs if i in truth}
+    if order is None and len(predicted) > 1 and len(set(predicted.values())) == 1:
+        order = ()  # all are equal: none is the first
+    elif order is None:
+        order = sorted(predicted, key=lambda i: (-predicted[i], i))
+    for k, name in REGRETS.items():
+        found = [known[i] for i in order[:k] if i in known]
+        result[name] = max(known.values()) - max(found) if found else None
+        if not found:
+            undefined[name] = (
+                f"no row in the truth for the first{f' {k}' if k > 1 else ''}" if order else "constant ranking"
+            )
+    return result | ({"undefined": undefined} if undefined else {})
+
+
+class Placed(Protocol):
+    """A row of a ranking, of a search or of a report."""
+
+    @property
+    def architecture(self) -> Architecture: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def macs(self) -> int: ...
+    @property
+    def value(self) -> float | None: ...
+
+
+def ranking_agreement(
+    rows: Sequence[Placed],
+    whole: Sequence[Placed],
+    truth: Mapping[int, float],
+    *,
+    method: str,
+    by_accuracy: bool,
+) -> dict[str, Any]:
+    """`agreement` of a ranking as it is shown with the truth.
+
+    Args:
+        rows: of all architectures, the best first.
+        whole: those scored on all images: accuracies of others, which a race has dropped, are not to be compared with
+            theirs, but every place counts for regret.
+        method: of the search.
+        by_accuracy: the ranking is by accuracies, and not as the method ranks on its own.
+    """
+    macs = {row.architecture.index: float(row.macs) for row in rows}
+    if method == "macs":  # puts those of equal MACs in the order of the space
+        predicted = macs
+    elif by_accuracy:
+        predicted = {row.architecture.index: row.value for row in whole if row.value is not None}
+    else:
+        predicted = {row.architecture.index: -float(row.rank) for row in rows}
+    return agreement(predicted, truth, macs, [row.architecture.index for row in rows])
+
+
+def why_undefined(figures: Mapping[str, Any]) -> str:
+    """The reasons for what `agreement` left undefined, each once; empty where there is nothing to say, as of the
+    ranking by MACs given MACs."""
+    reasons = dict.fromkeys(figures.get("undefined", {}).values())
+    return "; ".join(reason for reason in reasons if reason != _BY_MACS)
 
 
 def partial_kendall(

@@ -15,7 +15,7 @@ import numpy as np
 
 from bmsn import methods
 from bmsn.config import SearchConfig
-from bmsn.correlation import agreement, load_truth
+from bmsn.correlation import agreement, load_truth, ranking_agreement
 from bmsn.cost import within_macs
 from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_table, split_halves
 from bmsn.data.batches import as_tensor
@@ -226,14 +226,14 @@ class SearchLoop:
         indices = {a.slug: a.index for a in self.searched}
         whole = [row for row in ranked if row.images_seen == len(self.validation)]
         accuracy = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
-        value = {row.architecture.index: row.value for row in whole if row.value is not None}
-        order = {row.architecture.index: -float(row.rank) for row in ranked}
         ema = {row.architecture.index: row.ema_accuracy for row in ranked if row.ema_accuracy is not None}
         return {
-            "ranking": agreement(value if self.method.by_accuracy else order, self.truth, macs),
+            "ranking": ranking_agreement(
+                ranked, whole, self.truth, method=self.config.method, by_accuracy=self.method.by_accuracy
+            ),
             "accuracy": agreement(accuracy, self.truth, macs),
             "ema": agreement(ema, self.truth, macs),
-            "macs": agreement(macs, self.truth, macs) | {"partial_kendall": None},
+            "macs": agreement(macs, self.truth, macs),
             "rules": rules_against_truth(self.record(scores), indices, self.truth, macs),
             "missing": [a.slug for a in self.searched if a.index not in self.truth],
         }

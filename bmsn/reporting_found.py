@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from bmsn.correlation import why_undefined
 from bmsn.cost import pareto_front
 from bmsn.figures_accuracy import accuracy_map, drawings, truth_figure
 from bmsn.reporting_cost import cost_blocks, latency_columns
@@ -58,10 +59,10 @@ def _against_truth(run: ReportedRun, name: str) -> list[Block]:
         regrets = [figures[f"regret_top{k}"] for k in (1, 3, 5)]
         rows.append(Row([
             cell(names[key]), *(cell(number, "{:.3f}") for number in numbers),
-            *(cell(regret, "{:.2f}") for regret in regrets), cell(figures["n"]), cell(figures.get("undefined", "")),
+            *(cell(regret, "{:.2f}") for regret in regrets), cell(figures["n"]), cell(why_undefined(figures)),
         ]))  # fmt: skip
     columns = ["ranking", "tau-b", "Spearman", "tau-b | MACs", "regret of top 1", "top 3", "top 5", "n", "not defined"]
-    if not any("undefined" in figures for figures in run.agreement.values()):
+    if not any(row.cells[-1].text for row in rows):
         columns = columns[:-1]
         rows = [Row(row.cells[:-1]) for row in rows]
     without = [str(row.architecture) for row in run.rows if row.truth is None]
@@ -84,7 +85,7 @@ def _against_truth(run: ReportedRun, name: str) -> list[Block]:
 
 def _tau(what: str, figures: dict[str, Any]) -> str:
     tau = figures["kendall_tau_b"]
-    return f"{what}: " + (f"no tau-b ({figures['undefined']})" if tau is None else f"tau-b {tau:.3f}")
+    return f"{what}: " + (f"no tau-b ({figures['undefined']['kendall_tau_b']})" if tau is None else f"tau-b {tau:.3f}")
 
 
 def _ranking(run: ReportedRun, name: str) -> list[Block]:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bmsn.correlation import agreement, load_truth
+from bmsn.correlation import agreement, load_truth, ranking_agreement
 from bmsn.cost import within_macs
 from bmsn.errors import InputError
 from bmsn.rank_rules import IN_WORDS, RankRule
@@ -189,7 +189,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         searched=searched,
         records=records,
         result=result,
-        agreement=_agreement(rows, truth, by_accuracy) if truth and rows else {},
+        agreement=_agreement(rows, truth, str(config.get("method", "mixture")), by_accuracy) if truth and rows else {},
         notes=tuple(notes),
         retrained=_read_retrained(path / "retrain.csv"),
     )
@@ -296,20 +296,20 @@ def _whole(rows: Sequence[ReportedRow]) -> tuple[ReportedRow, ...]:
     return tuple(row for row in rows if row.accuracy is not None and row.other.get("images_seen", most) == most)
 
 
-def _agreement(rows: Sequence[ReportedRow], truth: dict[int, float], by_accuracy: bool) -> dict[str, dict[str, Any]]:
+def _agreement(
+    rows: Sequence[ReportedRow], truth: dict[int, float], method: str, by_accuracy: bool
+) -> dict[str, dict[str, Any]]:
     """As the search computes it."""
     macs = {row.architecture.index: float(row.macs) for row in rows}
     accuracy = {row.architecture.index: row.accuracy or 0.0 for row in _whole(rows)}
-    value = {row.architecture.index: row.value or 0.0 for row in _whole(rows)}
-    order = {row.architecture.index: -float(row.rank) for row in rows}
     estimates = {row.architecture.index: row.other.get("ema_accuracy") for row in rows}
     ema = {index: estimate for index, estimate in estimates.items() if estimate is not None}
-    figures = {"ranking": agreement(value if by_accuracy else order, truth, macs)}
-    if accuracy and (not by_accuracy or value != accuracy):
+    figures = {"ranking": ranking_agreement(rows, _whole(rows), truth, method=method, by_accuracy=by_accuracy)}
+    if accuracy and (not by_accuracy or any(row.value != row.accuracy for row in _whole(rows))):
         figures["accuracy"] = agreement(accuracy, truth, macs)
     if ema:
         figures["ema"] = agreement(ema, truth, macs)
-    return figures | {"macs": agreement(macs, truth, macs) | {"partial_kendall": None}}
+    return figures | {"macs": agreement(macs, truth, macs)}
 
 
 def _resolution_path(text: object, space: SearchSpace) -> tuple[int, ...] | None:

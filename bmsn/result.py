@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from bmsn.correlation import CORRELATIONS, why_undefined
 from bmsn.cost import pareto_front
 from bmsn.errors import InputError
 from bmsn.space import Architecture, SearchSpace
@@ -232,7 +233,10 @@ class SearchResult:
                 for key, width in (("kendall_tau_b", 7), ("spearman", 9), ("partial_kendall", 13))
             ]
             regret = ", ".join(_number(figures[f"regret_top{k}"], 0) for k in (1, 3, 5))
-            lines.append(f"{label:<20} {' '.join(cells)}   {regret}  (n = {figures['n']})")
+            why = why_undefined(figures)
+            lines.append(
+                f"{label:<20} {' '.join(cells)}   {regret}  (n = {figures['n']})" + (f"  {why}" if why else "")
+            )
         if self.truth["missing"]:
             lines.append(f"without a row in the truth: {', '.join(self.truth['missing'])}")
         return lines
@@ -257,6 +261,13 @@ def _upgraded(content: dict[str, Any], source: str) -> dict[str, Any]:
     content["config"].setdefault("rank_by", "best" if content["config"].get("score") == "pairs" else "assigned")
     for row in content["ranking"]:
         row.setdefault("rank_value", None)
+    truth = content.get("truth") or {}
+    for figures in (
+        *(truth.get(name, {}) for name in ("ranking", "accuracy", "ema", "macs")),
+        *truth.get("rules", {}).values(),
+    ):
+        if isinstance(figures.get("undefined"), str):  # one reason for all correlations
+            figures["undefined"] = dict.fromkeys(CORRELATIONS, figures["undefined"])
     return content
 
 

@@ -139,7 +139,10 @@ def test_without_a_row_in_the_truth():
     done = run(FIRST, known=truth("1-1-5", "2-2-3", "3-2-2", "5-1-1"))
     assert (done.n, done.pick) == (4, "4-1-2")
     assert done.figures["accuracy"] is None
-    assert done.undefined == {"accuracy": "no row in the truth for [4,1,2]"}
+    assert done.undefined == {
+        "accuracy": "no row in the truth for [4,1,2]",
+        "regret_top1": "no row in the truth for the first",
+    }
     assert done.figures["kendall_tau_b"] == pytest.approx((5 - 1) / 6)
     assert run(FIRST, known=truth("1-1-5", "2-2-3", "5-1-1")).undefined["gain_within_macs"] == (
         "no row in the truth for [3,2,2]"

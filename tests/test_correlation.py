@@ -9,8 +9,20 @@ import math
 import numpy as np
 import pytest
 
-from bmsn.correlation import agreement, load_truth, partial_kendall
+from bmsn.correlation import (
+    CORRELATIONS,
+    REGRETS,
+    agreement,
+    load_truth,
+    partial_kendall,
+    ranking_agreement,
+    why_undefined,
+)
+from bmsn.errors import InputError
+from bmsn.result import RankedArchitecture
 from bmsn.space import SearchSpace
+
+TRUTH = {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}
 
 
 def tau_b(x, y):
@@ -50,9 +62,75 @@ def test_partial_kendall_and_regret():
 
 
 def test_a_constant_ranking_has_no_correlation_and_says_why():
-    figures = agreement(dict.fromkeys(range(4), 0.5), {0: 1.0, 1: 2.0, 2: 3.0, 3: 4.0}, dict.fromkeys(range(4), 1.0))
-    assert figures["kendall_tau_b"] is None
-    assert figures["undefined"] == "constant ranking"
+    figures = agreement(dict.fromkeys(range(4), 0.5), TRUTH, dict.fromkeys(range(4), 1.0))
+    assert all(figures[name] is None for name in (*CORRELATIONS, *REGRETS.values()))
+    assert figures["undefined"] == dict.fromkeys((*CORRELATIONS, *REGRETS.values()), "constant ranking")
+    assert why_undefined(figures) == "constant ranking"
+    shown = agreement(dict.fromkeys(range(4), 0.5), TRUTH, dict.fromkeys(range(4), 1.0), order=[2, 3, 0, 1])
+    assert [shown[f"regret_top{k}"] for k in (1, 3, 5)] == [1.0, 0.0, 0.0]  # the one that was picked all the same
+    constant = agreement({0: 1.0, 1: 2.0, 2: 3.0}, dict.fromkeys(range(3), 70.0), dict.fromkeys(range(3), 1.0))
+    assert constant["undefined"]["spearman"] == "constant truth"
+    assert constant["regret_top1"] == 0
+
+
+def test_regret_is_that_of_what_was_picked():
+    """Also where accuracies of some are not to be compared (a race), are equal, or are not in the truth."""
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        num = int(rng.integers(3, 12))
+        truth = dict(enumerate(rng.integers(50, 90, num).astype(float).tolist()))
+        order = rng.permutation(num).tolist()
+        whole = order[: int(rng.integers(1, num + 1))]  # the others have dropped out
+        values = dict(zip(whole, np.sort(rng.integers(0, 4, len(whole)))[::-1].tolist(), strict=True))  # with ties
+        figures = agreement(values, truth, dict.fromkeys(range(num), 1.0), order)
+        for k in (1, 3, 5):
+            assert figures[f"regret_top{k}"] == max(truth.values()) - max(truth[i] for i in order[:k])
+
+
+def test_a_pick_without_a_row_has_no_regret():
+    figures = agreement({0: 3.0, 1: 2.0, 2: 1.0, 3: 0.0}, {1: 70.0, 2: 80.0, 3: 60.0}, dict.fromkeys(range(4), 1.0))
+    assert figures["regret_top1"] is None
+    assert figures["undefined"] == {"regret_top1": "no row in the truth for the first"}
+    assert figures["regret_top3"] == 0
+    assert figures["n"] == 3
+
+
+def test_what_a_ranking_is_by():
+    space = SearchSpace.named("resnet14-cifar10")
+    rows = [
+        RankedArchitecture(
+            rank=rank, architecture=space[index], accuracy=accuracy, standard_error=None, images_seen=10, supernet=0,
+            macs=macs, macs_ratio=1.0, ema_accuracy=None, ema_rank=None, pareto=False,
+        )
+        for rank, (index, accuracy, macs) in enumerate([(4, 0.9, 7), (2, 0.7, 7), (5, 0.8, 3), (0, None, 1)], start=1)
+    ]  # fmt: skip
+    truth = {4: 80.0, 2: 70.0, 5: 90.0, 0: 60.0}
+    given = dict(method="mixture", by_accuracy=True)
+    assert ranking_agreement(rows, rows, truth, **given)["kendall_tau_b"] == pytest.approx(
+        tau_b([9, 7, 8], [80, 70, 90])
+    )
+    assert ranking_agreement(rows, rows[:2], truth, **given)["n"] == 2
+    assert ranking_agreement(rows, rows[:2], truth, **given)["regret_top1"] == 10
+    own = ranking_agreement(rows, rows, truth, method="mcts", by_accuracy=False)
+    assert own["kendall_tau_b"] == pytest.approx(tau_b([4, 3, 2, 1], [80, 70, 90, 60]))
+    by_macs = ranking_agreement(rows, rows, truth, method="macs", by_accuracy=False)
+    assert by_macs["kendall_tau_b"] == pytest.approx(tau_b([7, 7, 3, 1], [80, 70, 90, 60]))
+    assert why_undefined(by_macs) == ""  # that MACs say nothing more, given MACs, needs no words
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("4-3-3,80", r"truth .*csv: row 4: architecture .*4, 3, 3.* is not in resnet14-cifar10"),
+        ("3-2-2,80", "truth .*csv: row 4: stage_depths 3-2-2 stands there twice"),
+        ("1-1-5,nan", r"truth .*csv: row 4: accuracy_mean must be in \[0, 100\]; got 'nan'"),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path, row, message):
+    table = tmp_path / "truth.csv"
+    table.write_text(f"stage_depths,accuracy_mean\n3-2-2,90\n4-1-2,91\n2-2-3,89\n{row}\n")
+    with pytest.raises(InputError, match=message):
+        load_truth(str(table), SearchSpace.named("resnet14-cifar10"))
 
 
 def test_published_rows_are_the_space(tmp_path):

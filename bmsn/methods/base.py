@@ -123,6 +123,7 @@ class Sampler(ABC):
 
     def split(self) -> None:
         """All supernets have become copies of the first, where the method takes `split_after`."""
+        raise NotImplementedError(f"{type(self).__name__} takes no split_after")
 
     def metrics(self, step: int) -> dict[str, Any]:
         """Numbers for the record of kind "step" in metrics.jsonl, after `step` steps."""

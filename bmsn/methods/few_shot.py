@@ -66,6 +66,9 @@ class FewShotSampler(Sampler):
     def refresh(self, pairs: Sequence[tuple[int, int]], accuracy: NDArray[np.float64]) -> None:
         self.averages.values[[c for c, _ in pairs]] = accuracy
 
+    def split(self) -> None:
+        """Accuracies are of architectures, whichever supernet they were seen in."""
+
     def pairs(self) -> list[tuple[int, int]]:
         return list(enumerate(self.group.tolist()))
 
