@@ -302,6 +302,8 @@ def _make_searches(
     for budget in config.all_budgets:
         for spec in config.specs:
             taken = methods.get(spec.method).settings
+            if "max_macs" in common and "max_macs" not in taken:  # it would be compared with others on other terms
+                raise InputError(f"method {spec.label}: settings max_macs does not fit it; give it to single methods")
             given = {k: v for k, v in common.items() if k in taken or k not in OPTIONAL_SETTINGS} | spec.settings
             for seed in range(config.first_seed, config.first_seed + config.seeds):
                 try:

@@ -60,6 +60,7 @@ class SearchLoop:
                 f"data {config.data}: images of {data.image_size} pixels; "
                 f"{config.space} needs a multiple of {self.space.total_stride}"
             )
+        self.space = self.space.resized(data.image_size)
         self.macs = tuple(
             self.space.macs(a, num_classes=data.num_classes, in_channels=data.in_channels) for a in self.space
         )

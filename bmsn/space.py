@@ -161,11 +161,8 @@ class SearchSpace(Sequence[Architecture]):
         if len(widths) != num_layers or min(widths) < 1:
             raise InputError(f"widths must be {num_layers} positive channel counts, one a layer; got {tuple(widths)}")
         self.num_layers, self.num_pools, self.widths = num_layers, num_pools, tuple(int(w) for w in widths)
-        self.block, self.stem, self.pool, self.image_size, self.name = block, stem, pool, int(image_size), name
-        if image_size < 1 or image_size % self.total_stride:
-            raise InputError(
-                f"image_size must be a positive multiple of the total stride {self.total_stride}; got {image_size}"
-            )
+        self.block, self.stem, self.pool, self.name = block, stem, pool, name
+        self.image_size = self._checked_size(image_size)
         if default is None:
             short, longer = divmod(num_layers, num_pools + 1)
             default = [short + (stage < longer) for stage in range(num_pools + 1)]
@@ -219,6 +216,21 @@ class SearchSpace(Sequence[Architecture]):
             Architecture(index, a.pool_positions, a.stage_depths) for index, a in enumerate(architectures)
         )
         return space
+
+    def resized(self, image_size: int) -> SearchSpace:
+        """The same space for images of `image_size` pixels on a side, a multiple of `total_stride`: MACs and maps are
+        theirs.
+        """
+        space = copy.copy(self)
+        space.image_size = self._checked_size(image_size)
+        return space
+
+    def _checked_size(self, image_size: int) -> int:
+        if image_size < 1 or image_size % self.total_stride:
+            raise InputError(
+                f"image_size must be a positive multiple of the total stride {self.total_stride}; got {image_size}"
+            )
+        return int(image_size)
 
     def __len__(self) -> int:
         return len(self._architectures)

@@ -17,7 +17,7 @@ from bmsn.result import SearchResult
 from bmsn.retraining import RetrainConfig, run_retraining
 from searching import write_tiny_images
 
-SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
+SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
 MACS = [SPACE.macs(a, num_classes=4) for a in SPACE]
 
 

@@ -20,7 +20,7 @@ from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from searching import tiny_flags, write_tiny_set
 
-SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
+SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
 # Settings under which every method does all that it can.
 FULL: dict[str, dict[str, object]] = {
     "mixture": dict(refresh_every=5, score_every=2),

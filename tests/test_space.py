@@ -139,3 +139,14 @@ def test_space_module_needs_no_torch():
     from bmsn import space
 
     subprocess.run([sys.executable, "-c", code, str(Path(space.__file__).parent)], check=True)
+
+
+def test_another_image_size_has_other_macs():
+    space = SearchSpace.named("resnet50-cifar100")
+    large = space.resized(64)
+    assert (space.image_size, large.image_size) == (32, 64)
+    head = space.out_channels * 10
+    assert [large.macs(a) - head for a in large] == [4 * (space.macs(a) - head) for a in space]
+    assert large.map_sizes(large.default)[0] == 2 * space.map_sizes(space.default)[0]
+    with pytest.raises(InputError, match="image_size must be a positive multiple of the total stride 8; got 36"):
+        space.resized(36)
