@@ -188,7 +188,10 @@ def test_bad_input(folder, capsys, monkeypatch):
         (dict(methods="mixture,magic"), "method 'magic' is unknown"),
         (dict(methods="spos:supernets=2"), "method spos:supernets=2: supernets must be 1 for method spos"),
         (dict(methods="random:refresh_every=5"), "refresh_every does not fit method random"),
-        (dict(methods="random,gaea", settings="max_macs=1x"), "method gaea: settings max_macs does not fit it"),
+        (
+            dict(methods="random,gaea", settings="batch_size=16,max_macs=1x"),
+            "method gaea: settings max_macs does not fit it",
+        ),
         (dict(methods="mixture:race=40"), "method mixture:race=40: race must be at most 15"),
         (dict(methods="mixture:supernets=0"), "supernets must be in [1, 4096]; got 0"),
         (dict(settings="batch_size"), "settings must be name=value,name=value; got 'batch_size'"),
