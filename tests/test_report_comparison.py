@@ -21,17 +21,19 @@ NAMES = ("accuracy", "regret_top1", "regret_top3", "regret_top5", "macs_ratio", 
 
 
 def figures(mean: float | None, spread: float | None = 0.25) -> dict[str, Any]:
-    """The same for all; without a mean they are not defined."""
-    interval = None if mean is None or spread is None else [mean - spread, mean + spread]
+    """The same for all; without a mean they are not defined. Student's interval is twice as wide."""
+    known = mean is not None and spread is not None
+    bootstrap, student = ([mean - k * spread, mean + k * spread] if known else None for k in (1, 2))
     undefined = "" if mean is not None else "constant ranking"
-    return {name: {"n": 3, "mean": mean, "bootstrap": interval, "student": None, "undefined": undefined}
+    return {name: {"n": 3, "mean": mean, "bootstrap": bootstrap, "student": student, "undefined": undefined}
             for name in NAMES}  # fmt: skip
 
 
 def make_comparison(budgets: tuple[int, ...] = (5,), label: str = "mixture") -> dict[str, Any]:
     rows = [
         {"budget": budget, "method": method, "seeds": 3, "picks": {"2-2-3": 2, "3-1-3": 1}, "paths": ["0-1"],
-         "figures": figures(mean), "costs": {"training_images": 1000.0 * budget, "validation_images": 77.0}}
+         "figures": figures(mean), "costs": {"training_images": 1000.0 * budget, "validation_images": 77.0,
+                                            "training_macs": 1.25e12 * budget, "validation_macs": 4.5e9}}
         for budget in budgets for method, mean in ((label, 0.5 + budget / 100), ("random", None), ("macs", 0.125))
     ]  # fmt: skip
     return {
@@ -39,7 +41,10 @@ def make_comparison(budgets: tuple[int, ...] = (5,), label: str = "mixture") -> 
         "data_fingerprint": "f00d", "truth": "truth.csv", "seeds": [0, 1, 2], "budgets": list(budgets), "settings": {},
         "methods": [],
         "truth_missing": ["5-1-1"], "methods_over_seeds": rows, "runs": [],
-        "paired": [{"budget": 5, "method": label, "baseline": "macs", "figures": figures(0.375, None)}],
+        "paired": [
+            {"budget": 5, "method": label, "baseline": "macs", "figures": figures(0.375)},
+            {"budget": 5, "method": "random", "baseline": "macs", "figures": figures(0.375, None)},
+        ],
         "timings": [{"budget": 5, "method": label, "seed": seed, "train_seconds": 10.0 + seed} for seed in range(3)],
     }  # fmt: skip
 
@@ -62,18 +67,20 @@ def test_tables(tmp_path: Path) -> None:
                                  "Differences, seed by seed", "To reproduce"]  # fmt: skip
     picked, ranked, paired = ([dict(zip(table[0], row, strict=True)) for row in table[1:]] for table in page.tables)
     assert picked[0] == {
-        "budget": "5", "method": "mixture", "seeds": "3", "picks": "2-2-3 (2), 3-1-3 (1), path 0-1",
+        "budget": "5", "method": "mixture", "seeds": "3", "picks": "2-2-3 (2), 3-1-3 (1)\npath 0-1",
         "accuracy %": "0.55\n[0.30, 0.80]", "regret": "0.55\n[0.30, 0.80]", "top 3": "0.55\n[0.30, 0.80]",
         "top 5": "0.55\n[0.30, 0.80]", "MACs": "0.55x\n[0.30x, 0.80x]", "gain at 1x": "0.55\n[0.30, 0.80]",
     }  # fmt: skip
     assert ranked[0] == {
         "budget": "5", "method": "mixture", "seeds": "3", "tau-b": "0.550\n[0.300, 0.800]",
         "Spearman": "0.550\n[0.300, 0.800]", "partial": "0.550\n[0.300, 0.800]", "training images": "5000",
-        "validation images": "77", "training s": "11",
+        "training TMACs": "6.25", "validation images": "77", "validation TMACs": "0.0045", "training s": "11",
     }  # fmt: skip
     assert {picked[1][name] for name in ("accuracy %", "regret", "gain at 1x")} == {ranked[1]["tau-b"]} == {"-"}
     assert ranked[2]["tau-b"] == "0.125\n[-0.125, 0.375]"
-    assert (paired[0]["method"], paired[0]["less"], paired[0]["regret"]) == ("mixture", "macs", "0.38")
+    assert (paired[0]["method"], paired[0]["less"]) == ("mixture", "macs")
+    assert paired[0]["tau-b"] == "0.375\n[0.125, 0.625]\n(-0.125, 0.875)"
+    assert paired[1]["tau-b"] == "0.375"  # of one seed
     assert "Without a row in the truth: 5-1-1." in page.text
     assert "Not defined: random, tau-b: constant ranking" in page.text
     assert "f00d" in page.text
