@@ -46,13 +46,26 @@ class ReportedComparison:
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a folder holds a comparison."""
-    return (path / _FILE).is_file()
+    """Whether a folder holds a comparison, finished or not."""
+    return (path / _FILE).is_file() or _is_unfinished(path)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Until all searches are done it is their folder alone, empty or with names by `bmsn.comparison.SearchTask`."""
+    runs = path / "runs"
+    if (path / "config.yaml").exists() or not runs.is_dir():
+        return False
+    return not any(runs.iterdir()) or any(runs.glob("*epochs-seed*-*"))
 
 
 def read_comparison(path: Path) -> ReportedComparison:
-    """The comparison in a folder. Raises InputError for a damaged file or one of a newer schema."""
+    """The comparison in a folder. Raises InputError for an unfinished one, a damaged file or one of a newer schema."""
     file = path / _FILE
+    if not file.is_file():
+        raise InputError(
+            f"{path}: holds an unfinished comparison: run the same bmsn.compare command again until it is finished, or "
+            f"report single searches of {path / 'runs'}"
+        )
     try:
         content = json.loads(file.read_text())
         version = content["schema_version"]

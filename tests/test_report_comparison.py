@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bmsn.comparison import ComparisonConfig, run_comparison
 from bmsn.errors import InputError
 from bmsn.figures import style
 from bmsn.figures_comparison import comparison_figure
+from bmsn.report import main
 from bmsn.reporting import write_report
+from bmsn.run import Interrupted
+from bmsn.scheduler import Resources
 from bmsn.space import SearchSpace
 from html_pages import HtmlPage, do_not_draw
 from run_folders import write_run
+from searching import write_tiny_set
+
+SPACE = SearchSpace.named("resnet14-cifar10")
 
 NAMES = ("accuracy", "regret_top1", "regret_top3", "regret_top5", "macs_ratio", "gain_within_macs", "kendall_tau_b",
          "spearman", "partial_kendall")  # fmt: skip
@@ -89,7 +97,7 @@ def test_tables(tmp_path: Path) -> None:
 def test_beside_runs_and_with_html_in_a_label(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     comparison = write_comparison(tmp_path / "comparison", make_comparison(label=evil))
-    run = write_run(tmp_path / "run", SearchSpace.named("resnet14-cifar10"))
+    run = write_run(tmp_path / "run", SPACE)
     page = HtmlPage.read(write_report([run, comparison], tmp_path / "page.html"))
     assert page.headings[0] == "1 search, 1 comparison"
     assert {"comparison", "run"} <= set(page.headings)
@@ -122,6 +130,34 @@ def test_nothing_finished_yet(tmp_path: Path) -> None:
     page = HtmlPage.read(write_report([write_comparison(tmp_path / "c", content)], tmp_path / "page.html"))
     assert "No search has finished yet." in page.text
     assert page.tables == []
+
+
+def test_unfinished_comparison_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, truth = tmp_path / "compare", tmp_path / "truth.csv"
+    truth.write_text("stage_depths,accuracy_mean\n" + "".join(f"{a.slug},{50 + a.index}\n" for a in SPACE))
+    config = ComparisonConfig(
+        methods="macs", space=SPACE.name, data=write_tiny_set(tmp_path / "tiny.npz"), budget=1, seeds=1,
+        truth=str(truth), settings="batch_size=16", out=out, resources=Resources(device="cpu"),
+    )  # fmt: skip
+
+    def check() -> None:
+        assert main([str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "unfinished comparison: run the same bmsn.compare command again until it is finished" in said
+        assert not (out / "report").exists()
+
+    with pytest.raises(Interrupted):
+        run_comparison(config, should_stop=lambda: True)
+    check()  # before the first search
+    run_comparison(config)
+    assert main([str(out)]) == 0
+    shutil.rmtree(out / "report")
+    (out / "comparison.json").unlink()
+    check()  # after a search
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name, SPACE)
+    assert main([str(tmp_path)]) == 2  # a folder of runs is none
+    assert "holds no run of bmsn.search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
