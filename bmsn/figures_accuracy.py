@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,8 @@ from matplotlib.patches import Rectangle
 from bmsn.figures import ACCENT, MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, finish_grid, new_figure
 from bmsn.space import Architecture, SearchSpace
 
+_ALONE = "accuracy trained alone (%)"
+_LEGEND_CHARACTERS = 90  # that fit beside one another
 _MAX_WRITTEN = 60  # cells of a map that still have their value written in them
 
 
@@ -40,8 +43,28 @@ def truth_figure(
     if 1 < count <= len(PALETTE):
         figure.legend(loc="outside lower center", ncols=count, handletextpad=0.2, columnspacing=1.2)
     right.scatter(macs_ratio, truth, s=55, color="#555555", marker="o", edgecolor="white", linewidth=0.7)
-    left.set(xlabel=predicted_label, ylabel="accuracy trained alone (%)", title=titles[0])
+    left.set(xlabel=predicted_label, ylabel=_ALONE, title=titles[0])
     right.set(xlabel="MACs relative to the default", title=titles[1])
+    return figure
+
+
+def runs_truth_figure(runs: Sequence[tuple[str, Sequence[float], Sequence[float]]], predicted_label: str) -> Figure:
+    """One scatter of several runs against stand-alone accuracy, coloured and marked by run.
+
+    Args:
+        runs: for each its name in the legend, accuracies in the search and those trained alone, both in percent.
+    """
+    names = [fill(name, _LEGEND_CHARACTERS) for name, *_ in runs]
+    columns = 2 if max(map(len, names)) <= _LEGEND_CHARACTERS / 2 else 1
+    lines = sum(name.count("\n") + 1 for name in names) / columns
+    figure, (axis,) = new_figure(5.0 + 0.24 * lines)
+    for place, (name, (_, predicted, truth)) in enumerate(zip(names, runs, strict=True)):
+        axis.scatter(
+            predicted, truth, s=55, color=colour(place, len(runs)), marker=MARKERS[place % len(MARKERS)],
+            edgecolor="white", linewidth=0.7, label=name,
+        )  # fmt: skip
+    figure.legend(loc="outside lower center", ncols=columns, handletextpad=0.2, columnspacing=1.2)
+    axis.set(xlabel=predicted_label, ylabel=_ALONE)
     return figure
 
 

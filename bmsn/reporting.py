@@ -8,10 +8,11 @@ from pathlib import Path
 from bmsn.errors import InputError
 from bmsn.figures import style
 from bmsn.reporting_comparison import ReportedComparison, comparison_blocks, is_comparison, read_comparison
-from bmsn.reporting_found import WITHIN_SUPERNET, found_blocks
-from bmsn.reporting_page import Block, Page, Row, Section, Table, Text, cell, percent, write_page
+from bmsn.reporting_found import found_blocks
+from bmsn.reporting_page import Block, Page, Section, Text, write_page
 from bmsn.reporting_reproduction import reproduction
 from bmsn.reporting_run import ReportedRun, read_runs
+from bmsn.reporting_several import several_blocks
 from bmsn.reporting_training import training_blocks
 
 
@@ -42,7 +43,7 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, truth: str |
         sections += [
             Section(run.label, f"run-{place}", _blocks(run, f"run-{place}")) for place, run in enumerate(runs, start=1)
         ]
-        page = Page(_title(runs, comparisons), [_summary(runs)] if len(runs) > 1 else [], sections)
+        page = Page(_title(runs, comparisons), several_blocks(runs), sections)
         return write_page(page, Path(out), "report.html")
 
 
@@ -53,40 +54,6 @@ def _title(runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison
         return f"Methods in {comparisons[0].content['space']} on {comparisons[0].content['data']}"
     counted = ((len(runs), "search", "searches"), (len(comparisons), "comparison", "comparisons"))
     return ", ".join(f"{count} {one if count == 1 else several}" for count, one, several in counted if count)
-
-
-def _summary(runs: Sequence[ReportedRun]) -> Table:
-    """One row a run; a setting that all runs share stands in the caption."""
-    settings = {
-        "state": ["finished" if run.finished else "unfinished" for run in runs],
-        "space": [run.space.name for run in runs],
-        "data": [run.data_name for run in runs],
-        "method": [run.config.get("method", "mixture") for run in runs],
-        "M": [run.config.get("supernets") for run in runs],
-        "epochs": [run.config.get("epochs") for run in runs],
-        "seed": [run.config.get("seed") for run in runs],
-    }
-    differing = [name for name, values in settings.items() if any(value != values[0] for value in values)]
-    rows = []
-    for place, run in enumerate(runs):
-        best = run.rows[0] if run.rows else None
-        ranking, macs = run.agreement.get("ranking", {}), run.agreement.get("macs", {})
-        rows.append(Row([
-            cell(run.label), *(cell(settings[name][place]) for name in differing),
-            cell(str(best.architecture) if best else None), percent(best.accuracy if best else None),
-            cell(best.macs_ratio if best else None, "{:.2f}x"), cell(ranking.get("kendall_tau_b"), "{:.3f}"),
-            cell(ranking.get("partial_kendall"), "{:.3f}"), cell(macs.get("kendall_tau_b"), "{:.3f}"),
-            cell(ranking.get("regret_top1"), "{:.2f}"),
-            cell(run.result.get("timings", {}).get("total_seconds"), "{:.0f}"),
-        ]))  # fmt: skip
-    columns = ("best", "accuracy %", "MACs", "tau-b", "partial", "MACs alone", "regret", "seconds")
-    shared = ", ".join(f"{name} {values[0]}" for name, values in settings.items() if name not in differing)
-    caption = (
-        f"{WITHIN_SUPERNET} Against the truth: tau-b of the ranking, the same with MACs held fixed, tau-b of MACs "
-        "alone, and regret of the best in points. A dash: not there, or not defined."
-    )
-    caption += f" All runs: {shared}." if shared else ""
-    return Table(("run", *differing, *columns), rows, caption, sortable=True)
 
 
 def _blocks(run: ReportedRun, name: str) -> list[Block]:

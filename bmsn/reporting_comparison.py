@@ -27,7 +27,12 @@ _RANKED = (
     ("partial_kendall", "partial", "{:z.3f}"),
 )
 _PAIRED = (_PICKED[0], _PICKED[1], _PICKED[5], *_RANKED)
-_COSTS = (("training_images", "training images"), ("validation_images", "validation images"))
+_BRACKETS = {"bootstrap": "[{}, {}]", "student": "({}, {})"}
+_TERA = 1e12
+_COSTS = (
+    ("training_images", "training images", 1, "{:.0f}"), ("training_macs", "training TMACs", _TERA, "{:.4g}"),
+    ("validation_images", "validation images", 1, "{:.0f}"), ("validation_macs", "validation TMACs", _TERA, "{:.4g}"),
+)  # fmt: skip
 _TO_REPRODUCE = ("space", "pool", "data", "data_fingerprint", "truth", "seeds", "budgets", "settings", "methods")
 
 
@@ -41,13 +46,26 @@ class ReportedComparison:
 
 
 def is_comparison(path: Path) -> bool:
-    """Whether a folder holds a comparison."""
-    return (path / _FILE).is_file()
+    """Whether a folder holds a comparison, finished or not."""
+    return (path / _FILE).is_file() or _is_unfinished(path)
+
+
+def _is_unfinished(path: Path) -> bool:
+    """Until all searches are done it is their folder alone, empty or with names by `bmsn.comparison.SearchTask`."""
+    runs = path / "runs"
+    if (path / "config.yaml").exists() or not runs.is_dir():
+        return False
+    return not any(runs.iterdir()) or any(runs.glob("*epochs-seed*-*"))
 
 
 def read_comparison(path: Path) -> ReportedComparison:
-    """The comparison in a folder. Raises InputError for a damaged file or one of a newer schema."""
+    """The comparison in a folder. Raises InputError for an unfinished one, a damaged file or one of a newer schema."""
     file = path / _FILE
+    if not file.is_file():
+        raise InputError(
+            f"{path}: holds an unfinished comparison: run the same bmsn.compare command again until it is finished, or "
+            f"report single searches of {path / 'runs'}"
+        )
     try:
         content = json.loads(file.read_text())
         version = content["schema_version"]
@@ -72,7 +90,8 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
         Text(
             f"{content['space']} on {content['data']} against the truth {content['truth']}, seeds "
             f"{', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
-            "interval of the mean, which is too narrow over few seeds (comparison.json has Student's beside it)."
+            "interval of the mean, which is too narrow over few seeds; the differences seed by seed have Student's "
+            "beside it, comparison.json has it for all."
             + (f" Without a row in the truth: {missing}." if missing else "")
         )
     ]
@@ -101,8 +120,9 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
 def _picks(content: Mapping[str, Any]) -> Table:
     rows = []
     for row in content["methods_over_seeds"]:
-        picks = [f"{pick} ({count})" for pick, count in row["picks"].items()] + [f"path {p}" for p in row["paths"]]
-        rows.append(Row([*_head(row), cell(", ".join(picks)), *_figures(row["figures"], _PICKED)]))
+        picks = ", ".join(f"{pick} ({count})" for pick, count in row["picks"].items())
+        picked = cell("\n".join([picks, *(f"path {path}" for path in row["paths"])]))
+        rows.append(Row([*_head(row), picked, *_figures(row["figures"], _PICKED)]))
     caption = (
         "accuracy: of the pick, trained alone; regret: of the pick and of the best among the first 3 and 5, in points; "
         "gain at 1x: over the default at no more MACs than it has."
@@ -119,40 +139,49 @@ def _rankings(content: Mapping[str, Any]) -> Table:
         took = seconds.get((row["budget"], row["method"]))
         rows.append(Row([
             *_head(row), *_figures(row["figures"], _RANKED),
-            *(cell(row["costs"].get(key), "{:.0f}") for key, _ in _COSTS),
+            *(_cost(row["costs"].get(key), unit, shown) for key, _, unit, shown in _COSTS),
             cell(sum(took) / len(took) if took else None, "{:.0f}"),
         ]))  # fmt: skip
-    columns = (*_HEAD, *(label for _, label, _ in _RANKED), *(label for _, label in _COSTS), "training s")
+    columns = (*_HEAD, *(label for _, label, _ in _RANKED), *(label for _, label, *_ in _COSTS), "training s")
     caption = (
-        "partial: tau-b with MACs held fixed. The budget counts epochs of the training half; validation images stand "
-        "beside it."
+        "partial: tau-b with MACs held fixed. The budget counts epochs of the training half; what validation costs "
+        "stands beside it. TMACs: 10^12 multiply-accumulates; a training step counts three forward passes."
     )
     return Table(columns, rows, caption, sortable=True)
 
 
 def _paired(pairs: Sequence[Mapping[str, Any]]) -> Table:
     rows = [
-        Row([cell(pair["budget"]), cell(pair["method"]), cell(pair["baseline"]), *_figures(pair["figures"], _PAIRED)])
+        Row([
+            cell(pair["budget"]), cell(pair["method"]), cell(pair["baseline"]),
+            *_figures(pair["figures"], _PAIRED, ("bootstrap", "student")),
+        ])
         for pair in pairs
-    ]
+    ]  # fmt: skip
     columns = ("budget", "method", "less", *(label for _, label, _ in _PAIRED))
-    return Table(
-        columns, rows, "Each method less a baseline with the same seed; all figures: paired.csv.", sortable=True
+    caption = (
+        "Each method less a baseline with the same seed. In square brackets the bootstrap's interval, in round ones "
+        "Student's, which holds the mean of a normal law 95 times in a hundred, however few the seeds."
     )
+    return Table(columns, rows, caption, sortable=True)
 
 
 def _head(row: Mapping[str, Any]) -> list[Cell]:
     return [cell(row["budget"]), cell(row["method"]), cell(row["seeds"])]
 
 
-def _figures(figures: Mapping[str, Any], chosen: Sequence[tuple[str, str, str]]) -> list[Cell]:
-    """A cell for each figure: the mean, and below it [low, high]; it sorts by the mean."""
+def _cost(value: float | None, unit: float, shown: str) -> Cell:
+    return cell(None if value is None else value / unit, shown)
+
+
+def _figures(
+    figures: Mapping[str, Any], chosen: Sequence[tuple[str, str, str]], intervals: Sequence[str] = ("bootstrap",)
+) -> list[Cell]:
+    """A cell for each figure: the mean, and below it these intervals, a line each; it sorts by the mean."""
     cells = []
     for key, _, shown in chosen:
         figure = figures[key]
-        made = cell(figure["mean"], shown)
-        if figure["mean"] is not None and figure["bootstrap"]:
-            low, high = figure["bootstrap"]
-            made = Cell(f"{made.text}\n[{shown.format(low)}, {shown.format(high)}]", made.key)
-        cells.append(made)
+        mean = cell(figure["mean"], shown)
+        lines = [_BRACKETS[kind].format(*map(shown.format, figure[kind])) for kind in intervals if figure.get(kind)]
+        cells.append(Cell("\n".join([mean.text, *lines]), mean.key))
     return cells

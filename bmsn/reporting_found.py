@@ -13,6 +13,7 @@ from bmsn.reporting_methods import method_blocks
 from bmsn.reporting_page import Block, Cell, Heading, Plot, Row, Table, Text, cell, percent
 from bmsn.reporting_run import ReportedRow, ReportedRun
 
+IN_SUPERNET = "accuracy in the supernet (%)"
 WITHIN_SUPERNET = "Accuracies are within a supernet, on the validation half; not after retraining."
 
 
@@ -74,16 +75,17 @@ def _against_truth(run: ReportedRun, name: str) -> list[Block]:
         figure = truth_figure(
             [100 * accuracy for _, accuracy, _ in shown], [row.macs_ratio for row, *_ in shown],
             [truth for *_, truth in shown], [row.supernet for row, *_ in shown],
-            (_tau("search", run.agreement.get("accuracy", run.agreement["ranking"])),
-             _tau("MACs alone", run.agreement["macs"])),
-            "accuracy in the supernet (%)",
+            (with_tau("search", run.agreement.get("accuracy", run.agreement["ranking"])),
+             with_tau("MACs alone", run.agreement["macs"])),
+            IN_SUPERNET,
         )  # fmt: skip
         caption = "Left: accuracy in the search against accuracy trained alone. Right: MACs in place of a search."
         blocks.append(Plot(f"{name}-truth", "Search against truth", caption, figure))
     return blocks
 
 
-def _tau(what: str, figures: dict[str, Any]) -> str:
+def with_tau(what: str, figures: dict[str, Any]) -> str:
+    """`what: tau-b 0.599`, or why there is none."""
     tau = figures["kendall_tau_b"]
     return f"{what}: " + (f"no tau-b ({figures['undefined']['kendall_tau_b']})" if tau is None else f"tau-b {tau:.3f}")
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from bmsn.correlation import agreement, load_truth, ranking_agreement
 from bmsn.cost import within_macs
 from bmsn.errors import InputError
-from bmsn.rank_rules import IN_WORDS, RankRule
+from bmsn.reporting_unfinished import Standing, unfinished_standing
 from bmsn.result import SCHEMA_VERSION
 from bmsn.runfolder import read_metrics
 from bmsn.space import Architecture, SearchSpace
@@ -60,11 +58,12 @@ class ReportedRun:
 
     Attributes:
         label: name of the folder, made unique among the runs of a report.
-        finished: whether there is a result; else `rows` come from the last ranking or a[c,m] of the metrics, if any.
+        finished: whether there is a result; else `rows` come from the metrics (`bmsn.reporting_unfinished`), if any.
         ranked_by: what the ranking is by, in words.
         estimate: what `ema_accuracy` of the rows is, in words.
         resolution_path: resolution of each layer (0: full, 1: half, ...), of a method that is not bound to the space.
         searched: the architectures that the method numbers in its records: all, or those within `max_macs`.
+        truth: stand-alone accuracy in percent by architecture index; empty without a truth.
         records: of metrics.jsonl, by kind, in the order of their steps.
         result: the content of result.json, empty while it is not there.
         agreement: figures of the ranking ("ranking"), of accuracies where it is not by them ("accuracy"), of the
@@ -83,6 +82,7 @@ class ReportedRun:
     resolution_path: tuple[int, ...] | None
     rows: tuple[ReportedRow, ...]
     searched: tuple[Architecture, ...]
+    truth: dict[int, float]
     records: dict[str, list[dict[str, Any]]]
     result: dict[str, Any]
     agreement: dict[str, dict[str, Any]]
@@ -144,7 +144,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         num_classes = result["data"]["num_classes"] if result else _CLASSES_ASSUMED
         macs = [space.macs(a, num_classes=num_classes) for a in space]
         searched = _searched(space, config, macs, result)
-        ranked_by, ranked = _ranked(space, searched, config, result, records)
+        standing = _standing(space, searched, config, result, records)
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -153,10 +153,9 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
     if not result:
         done = max(record["step"] for kind in records.values() for record in kind)
         notes.append(
-            f"This run is unfinished: it has recorded {done} steps. Architectures are ranked by {ranked_by}; MACs are "
-            f"those with a head of {num_classes} classes."
+            f"This run is unfinished: it has recorded {done} steps. Architectures are ranked by "
+            f"{standing.ranked_by}; MACs are those with a head of {num_classes} classes."
         )
-    method = result.get("method", {})
     truth, problem = _truth(config, space, truth_source)
     notes += [problem] if problem else []
     rows = [
@@ -171,25 +170,25 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
             truth=truth.get(architecture.index),
             other=cells,
         )
-        for place, (architecture, cells) in enumerate(ranked, start=1)
+        for place, (architecture, cells) in enumerate(standing.rows, start=1)
     ]
-    by_accuracy = (
-        not result or ranked_by.startswith("validation accuracy") or any(row.rank_value is not None for row in rows)
-    )
     return ReportedRun(
         path=path,
         label=label,
         finished=bool(result),
         space=space,
         config=config,
-        ranked_by=ranked_by,
-        estimate=str(method.get("estimate", "a[c,m]")),
-        resolution_path=_resolution_path(method.get("resolution_path"), space),
+        ranked_by=standing.ranked_by,
+        estimate=standing.estimate,
+        resolution_path=_resolution_path(result.get("method", {}).get("resolution_path"), space),
         rows=tuple(rows),
         searched=searched,
+        truth=truth,
         records=records,
         result=result,
-        agreement=_agreement(rows, truth, str(config.get("method", "mixture")), by_accuracy) if truth and rows else {},
+        agreement=_agreement(rows, truth, str(config.get("method", "mixture")), standing.by_accuracy)
+        if truth and rows
+        else {},
         notes=tuple(notes),
         retrained=_read_retrained(path / "retrain.csv"),
     )
@@ -239,43 +238,21 @@ def _searched(
     return tuple(space if limit is None else within_macs(space, macs, limit))
 
 
-def _ranked(
+def _standing(
     space: SearchSpace, searched: Sequence[Architecture], config: dict[str, Any], result: dict[str, Any],
     records: dict[str, list[dict[str, Any]]],
-) -> tuple[str, list[tuple[Architecture, dict[str, Any]]]]:  # fmt: skip
-    """What accuracies are, and the architectures from best to worst with their cells."""
-    if result:
-        cells = [dict(row) for row in result["ranking"]]
-        ranked_by = str(result.get("method", {}).get("ranked_by", "validation accuracy"))
-        return ranked_by, [(space.find(row.pop("architecture")), row) for row in cells]
-    if "ranking" in records:
-        last = records["ranking"][-1]
-        rows = [
-            (space.find(slug), {
-                "accuracy": accuracy, "rank_value": last.get("rank_value", {}).get(slug),
-                "supernet": last["supernet"][slug],
-            })
-            for slug, accuracy in last["accuracy"].items()
-        ]  # fmt: skip
-        values = ranking_values(last)
-        rows.sort(key=lambda row: values.get(row[0].slug, -math.inf), reverse=True)
-        rule: RankRule = config.get("rank_by") or "assigned"
-        return f"{IN_WORDS[rule]} after epoch {last['epoch']}", rows
-    if "mixture" in records:
-        last = records["mixture"][-1]
-        scores, best = np.array(last["scores"]), np.array(last["assignment"]).argmax(1)
-        ema = scores[np.arange(len(best)), best]
-        return f"a[c,m] after step {last['step']}", [
-            (searched[i], {"accuracy": float(ema[i]), "supernet": int(best[i])})
-            for i in np.argsort(-ema, kind="stable").tolist()
-        ]
-    return "nothing yet", []
-
-
-def ranking_values(record: Mapping[str, Any]) -> dict[str, float]:
-    """What a `ranking` record ranks by, by slug; those not scored are left out."""
-    values = record.get("rank_value") or record["accuracy"]
-    return {slug: value for slug, value in values.items() if value is not None}
+) -> Standing:  # fmt: skip
+    if not result:
+        return unfinished_standing(space, searched, config, records)
+    rows, method = [dict(row) for row in result["ranking"]], result.get("method", {})
+    ranked_by = str(method.get("ranked_by", "validation accuracy"))
+    by_values = any(row.get("rank_value") is not None for row in rows)
+    return Standing(
+        ranked_by=ranked_by,
+        rows=[(space.find(row.pop("architecture")), row) for row in rows],
+        by_accuracy=ranked_by.startswith("validation accuracy") or by_values,
+        estimate=str(method.get("estimate", "a[c,m]")),
+    )
 
 
 def _truth(config: dict[str, Any], space: SearchSpace, source: str | None) -> tuple[dict[int, float], str]:

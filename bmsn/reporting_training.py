@@ -8,8 +8,9 @@ from bmsn.correlation import agreement
 from bmsn.figures import PALETTE
 from bmsn.figures_training import health_figure, ranking_history_figure, snapshots_figure, training_figure
 from bmsn.reporting_page import Block, Heading, Plot, Row, Table, cell
-from bmsn.reporting_run import MAX_NAMED, ReportedRun, ranking_values
+from bmsn.reporting_run import MAX_NAMED, ReportedRun
 from bmsn.reporting_statistics import MixtureHistory, mixture_history
+from bmsn.reporting_unfinished import ranking_values
 
 _SNAPSHOTS_LISTED = 8
 

@@ -17,7 +17,10 @@ from bmsn.config import SearchConfig
 from bmsn.figures import style, to_png, to_svg
 from bmsn.figures_accuracy import accuracy_map
 from bmsn.reporting import write_report
+from bmsn.reporting_page import Plot
 from bmsn.reporting_reproduction import search_command
+from bmsn.reporting_run import read_runs
+from bmsn.reporting_several import several_blocks
 from bmsn.run import run_search
 from bmsn.search import parse
 from bmsn.space import SearchSpace
@@ -181,6 +184,41 @@ def test_several_runs_of_different_spaces(tmp_path: Path) -> None:
     assert "method mixture" in page.text
 
 
+def test_runs_that_share_space_and_truth_have_one_figure(tmp_path: Path) -> None:
+    """Each in a colour and with a mark of its own, with what the legend says; others are left out."""
+    rng = np.random.default_rng(4)
+    alone = rng.permutation(15) + 50.0
+    found = {f"M{m}": rng.permutation(15) / 20 for m in (1, 2, 4)}
+    truth = write_truth(tmp_path / "truth.csv", alone.tolist())
+    same = str(shutil.copy(truth, tmp_path / "same.csv"))
+    runs = [
+        write_run(tmp_path / name, SPACE, accuracy=found[name].tolist(), truth=named, num_supernets=int(name[1]))
+        for name, named in zip(found, (truth, truth, same), strict=True)
+    ]
+    other = write_truth(tmp_path / "other.csv", [50.0 + i for i in range(15)])
+    strangers = [
+        write_run(tmp_path / "other", SPACE, truth=other), write_run(tmp_path / "none", SPACE),
+        write_run(tmp_path / "unscored", SPACE, accuracy=[None] * 15, truth=truth),
+    ]  # fmt: skip
+    with style():
+        *_, plot = several_blocks(read_runs([*runs, *strangers]))
+    assert isinstance(plot, Plot)
+    (axis,) = plot.figure.axes
+    (legend,) = plot.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        f"{name}, M = {name[1:]}: tau-b {stats.kendalltau(found[name], alone).statistic:.3f}" for name in found
+    ]
+    for points, name in zip(axis.collections, found, strict=True):
+        assert sorted(points.get_offsets().tolist()) == sorted(np.column_stack([100 * found[name], alone]).tolist())
+    assert len({tuple(points.get_facecolor()[0]) for points in axis.collections}) == 3
+    page = report(*runs, *strangers)
+    assert page.captions[0].startswith("resnet14-cifar10: accuracy in the search")
+    heading = "Searches against the truth"
+    assert heading in page.headings
+    assert heading not in report(runs[0], *strangers).headings
+    assert heading not in report(runs[0]).headings
+
+
 def test_constant_accuracies_have_no_tau_and_the_reason_stands_there(tmp_path: Path) -> None:
     truth = write_truth(tmp_path / "truth.csv", [50.0 + i for i in range(15)])
     page = report(write_run(tmp_path / "run", SPACE, accuracy=[0.5] * 15), truth=truth)
@@ -311,7 +349,8 @@ def test_one_file_that_loads_nothing(tmp_path: Path) -> None:
     assert {link[1:] for link in page.links if link.startswith("#")} <= set(page.ids)
     figures = {file.name for file in (tmp_path / "out" / "report-figures").iterdir()}
     names = ("truth", "map", "map-truth", "pareto", "drawings", "supernets", "training", "assignment", "mixture")
-    assert figures == {f"run-{n}-{name}.{kind}" for n in (1, 2) for name in names for kind in ("png", "svg")}
+    files = {f"run-{n}-{name}" for n in (1, 2) for name in names} | {"runs-truth-1"}
+    assert figures == {f"{name}.{kind}" for name in files for kind in ("png", "svg")}
     assert page.tags.count("figure") == len(figures) / 2
 
 

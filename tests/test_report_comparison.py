@@ -3,35 +3,45 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bmsn.comparison import ComparisonConfig, run_comparison
 from bmsn.errors import InputError
 from bmsn.figures import style
 from bmsn.figures_comparison import comparison_figure
+from bmsn.report import main
 from bmsn.reporting import write_report
+from bmsn.run import Interrupted
+from bmsn.scheduler import Resources
 from bmsn.space import SearchSpace
 from html_pages import HtmlPage, do_not_draw
 from run_folders import write_run
+from searching import write_tiny_set
+
+SPACE = SearchSpace.named("resnet14-cifar10")
 
 NAMES = ("accuracy", "regret_top1", "regret_top3", "regret_top5", "macs_ratio", "gain_within_macs", "kendall_tau_b",
          "spearman", "partial_kendall")  # fmt: skip
 
 
 def figures(mean: float | None, spread: float | None = 0.25) -> dict[str, Any]:
-    """The same for all; without a mean they are not defined."""
-    interval = None if mean is None or spread is None else [mean - spread, mean + spread]
+    """The same for all; without a mean they are not defined. Student's interval is twice as wide."""
+    known = mean is not None and spread is not None
+    bootstrap, student = ([mean - k * spread, mean + k * spread] if known else None for k in (1, 2))
     undefined = "" if mean is not None else "constant ranking"
-    return {name: {"n": 3, "mean": mean, "bootstrap": interval, "student": None, "undefined": undefined}
+    return {name: {"n": 3, "mean": mean, "bootstrap": bootstrap, "student": student, "undefined": undefined}
             for name in NAMES}  # fmt: skip
 
 
 def make_comparison(budgets: tuple[int, ...] = (5,), label: str = "mixture") -> dict[str, Any]:
     rows = [
         {"budget": budget, "method": method, "seeds": 3, "picks": {"2-2-3": 2, "3-1-3": 1}, "paths": ["0-1"],
-         "figures": figures(mean), "costs": {"training_images": 1000.0 * budget, "validation_images": 77.0}}
+         "figures": figures(mean), "costs": {"training_images": 1000.0 * budget, "validation_images": 77.0,
+                                            "training_macs": 1.25e12 * budget, "validation_macs": 4.5e9}}
         for budget in budgets for method, mean in ((label, 0.5 + budget / 100), ("random", None), ("macs", 0.125))
     ]  # fmt: skip
     return {
@@ -39,7 +49,10 @@ def make_comparison(budgets: tuple[int, ...] = (5,), label: str = "mixture") -> 
         "data_fingerprint": "f00d", "truth": "truth.csv", "seeds": [0, 1, 2], "budgets": list(budgets), "settings": {},
         "methods": [],
         "truth_missing": ["5-1-1"], "methods_over_seeds": rows, "runs": [],
-        "paired": [{"budget": 5, "method": label, "baseline": "macs", "figures": figures(0.375, None)}],
+        "paired": [
+            {"budget": 5, "method": label, "baseline": "macs", "figures": figures(0.375)},
+            {"budget": 5, "method": "random", "baseline": "macs", "figures": figures(0.375, None)},
+        ],
         "timings": [{"budget": 5, "method": label, "seed": seed, "train_seconds": 10.0 + seed} for seed in range(3)],
     }  # fmt: skip
 
@@ -62,18 +75,20 @@ def test_tables(tmp_path: Path) -> None:
                                  "Differences, seed by seed", "To reproduce"]  # fmt: skip
     picked, ranked, paired = ([dict(zip(table[0], row, strict=True)) for row in table[1:]] for table in page.tables)
     assert picked[0] == {
-        "budget": "5", "method": "mixture", "seeds": "3", "picks": "2-2-3 (2), 3-1-3 (1), path 0-1",
+        "budget": "5", "method": "mixture", "seeds": "3", "picks": "2-2-3 (2), 3-1-3 (1)\npath 0-1",
         "accuracy %": "0.55\n[0.30, 0.80]", "regret": "0.55\n[0.30, 0.80]", "top 3": "0.55\n[0.30, 0.80]",
         "top 5": "0.55\n[0.30, 0.80]", "MACs": "0.55x\n[0.30x, 0.80x]", "gain at 1x": "0.55\n[0.30, 0.80]",
     }  # fmt: skip
     assert ranked[0] == {
         "budget": "5", "method": "mixture", "seeds": "3", "tau-b": "0.550\n[0.300, 0.800]",
         "Spearman": "0.550\n[0.300, 0.800]", "partial": "0.550\n[0.300, 0.800]", "training images": "5000",
-        "validation images": "77", "training s": "11",
+        "training TMACs": "6.25", "validation images": "77", "validation TMACs": "0.0045", "training s": "11",
     }  # fmt: skip
     assert {picked[1][name] for name in ("accuracy %", "regret", "gain at 1x")} == {ranked[1]["tau-b"]} == {"-"}
     assert ranked[2]["tau-b"] == "0.125\n[-0.125, 0.375]"
-    assert (paired[0]["method"], paired[0]["less"], paired[0]["regret"]) == ("mixture", "macs", "0.38")
+    assert (paired[0]["method"], paired[0]["less"]) == ("mixture", "macs")
+    assert paired[0]["tau-b"] == "0.375\n[0.125, 0.625]\n(-0.125, 0.875)"
+    assert paired[1]["tau-b"] == "0.375"  # of one seed
     assert "Without a row in the truth: 5-1-1." in page.text
     assert "Not defined: random, tau-b: constant ranking" in page.text
     assert "f00d" in page.text
@@ -82,7 +97,7 @@ def test_tables(tmp_path: Path) -> None:
 def test_beside_runs_and_with_html_in_a_label(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     comparison = write_comparison(tmp_path / "comparison", make_comparison(label=evil))
-    run = write_run(tmp_path / "run", SearchSpace.named("resnet14-cifar10"))
+    run = write_run(tmp_path / "run", SPACE)
     page = HtmlPage.read(write_report([run, comparison], tmp_path / "page.html"))
     assert page.headings[0] == "1 search, 1 comparison"
     assert {"comparison", "run"} <= set(page.headings)
@@ -115,6 +130,34 @@ def test_nothing_finished_yet(tmp_path: Path) -> None:
     page = HtmlPage.read(write_report([write_comparison(tmp_path / "c", content)], tmp_path / "page.html"))
     assert "No search has finished yet." in page.text
     assert page.tables == []
+
+
+def test_unfinished_comparison_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, truth = tmp_path / "compare", tmp_path / "truth.csv"
+    truth.write_text("stage_depths,accuracy_mean\n" + "".join(f"{a.slug},{50 + a.index}\n" for a in SPACE))
+    config = ComparisonConfig(
+        methods="macs", space=SPACE.name, data=write_tiny_set(tmp_path / "tiny.npz"), budget=1, seeds=1,
+        truth=str(truth), settings="batch_size=16", out=out, resources=Resources(device="cpu"),
+    )  # fmt: skip
+
+    def check() -> None:
+        assert main([str(out)]) == 2
+        said = capsys.readouterr().err
+        assert "unfinished comparison: run the same bmsn.compare command again until it is finished" in said
+        assert not (out / "report").exists()
+
+    with pytest.raises(Interrupted):
+        run_comparison(config, should_stop=lambda: True)
+    check()  # before the first search
+    run_comparison(config)
+    assert main([str(out)]) == 0
+    shutil.rmtree(out / "report")
+    (out / "comparison.json").unlink()
+    check()  # after a search
+    for name in ("a", "b"):
+        write_run(tmp_path / "runs" / name, SPACE)
+    assert main([str(tmp_path)]) == 2  # a folder of runs is none
+    assert "holds no run of bmsn.search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

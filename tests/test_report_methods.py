@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from matplotlib.collections import PatchCollection, QuadMesh
 from matplotlib.colors import to_hex
+from scipy import stats
 
 from bmsn.config import SearchConfig
 from bmsn.figures import ACCENT, PALETTE, style
 from bmsn.figures_methods import course_figure, layers_figure, levels_figure, path_figure, tree_figure
 from bmsn.reporting import write_report
 from bmsn.reporting_records import TreeNode
+from bmsn.reporting_run import read_runs
 from bmsn.run import run_search
 from bmsn.space import SearchSpace
 from html_pages import HtmlPage, do_not_draw
@@ -139,6 +141,14 @@ SEARCHES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "macs": ({}, set()),
 }
 
+AVERAGES = "the moving averages a[c] of validation accuracies after step 8"
+UNFINISHED = {
+    "mcts": "visits in the tree, from its root down, after step 8 (accuracies are mean rewards)",
+    "boltzmann": AVERAGES,
+    "few-shot": AVERAGES,
+    "gaea": "the shares of its resolutions after step 8",
+}
+
 
 @pytest.mark.parametrize("method", SEARCHES)
 def test_real_search(method: str, tmp_path: Path) -> None:
@@ -149,7 +159,7 @@ def test_real_search(method: str, tmp_path: Path) -> None:
             "stage_depths,accuracy_mean\n" + "".join(f"{a.slug},{50 + a.index}\n" for a in SPACE)
         )
         settings["truth"] = str(tmp_path / "truth.csv")
-    run_search(
+    result = run_search(
         SearchConfig(
             space=SPACE.name, data=write_tiny_set(tmp_path / "tiny.npz"), method=method, epochs=2, batch_size=16,
             device="cpu", fast_eval=True, out=tmp_path / "run", **settings,
@@ -168,6 +178,18 @@ def test_real_search(method: str, tmp_path: Path) -> None:
         records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
         last = [record for record in records if record["kind"] == "tree"][-1]
         assert len(last["visits"][-1]) < len(SPACE)
+    if method in UNFINISHED:  # killed between its last record and its result
+        (tmp_path / "run" / "result.json").unlink()
+        (reported,) = read_runs([tmp_path / "run"])
+        own = list(result.ranking)
+        if method == "few-shot":  # which ranks by the accuracies of the final scoring
+            own.sort(key=lambda row: row.ema_rank or len(SPACE) + row.architecture.index)
+        assert [(row.architecture, row.supernet) for row in reported.rows] == [
+            (row.architecture, row.supernet) for row in own
+        ]
+        known = [row.other["ema_accuracy"] if method == "gaea" else row.accuracy for row in reported.rows]
+        assert known == pytest.approx([row.ema_accuracy for row in own])
+        assert reported.ranked_by == UNFINISHED[method]
 
 
 def test_older_schemas_have_none_of_it(tmp_path: Path) -> None:
@@ -188,6 +210,28 @@ def test_unfinished_run_has_what_is_recorded(tmp_path: Path) -> None:
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
     assert captions(report(run)) == {"probability"}
+
+
+def test_ranking_on_the_way_of_a_method_with_its_own_order(tmp_path: Path) -> None:
+    """As of mcts with score_every: the accuracies stand beside its order and don't decide it."""
+    run = write_run(tmp_path / "run", SPACE, finished=False)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("method: mixture", "method: mcts"))
+    order = np.random.default_rng(2).permutation(len(SPACE)).tolist()
+    record = {"kind": "ranking", "step": 95, "epoch": 9, "accuracy": {SPACE[i].slug: 0.1 + i / 100 for i in order},
+              "supernet": {SPACE[i].slug: 0 for i in order}}  # fmt: skip
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    alone = {a.index: float(a.index) for a in SPACE}
+    (tmp_path / "truth.csv").write_text(
+        "stage_depths,accuracy_mean\n" + "".join(f"{SPACE[i].slug},{value}\n" for i, value in alone.items())
+    )
+    (reported,) = read_runs([run], str(tmp_path / "truth.csv"))
+    assert [row.architecture.index for row in reported.rows] == order
+    assert reported.ranked_by == "visits in the tree, from its root down, after epoch 9"
+    ranks = stats.kendalltau([-order.index(i) for i in alone], list(alone)).statistic
+    assert reported.agreement["ranking"]["kendall_tau_b"] == pytest.approx(ranks)
+    assert reported.agreement["accuracy"]["kendall_tau_b"] == pytest.approx(1)
 
 
 def test_tree_without_a_visit_is_left_out(tmp_path: Path) -> None:
