@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from bmsn.data.dataset import ImageDataset
-from bmsn.data.decode import CHUNK, Progress, decode_into, size_of_first
+from bmsn.data.decode import CHUNK, decode_into, size_of_first
 from bmsn.errors import InputError
+from bmsn.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +141,10 @@ def _build(
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
     partial.mkdir()
     size = image_size or size_of_first(train.files[0], str(train.files[0]))
-    progress = Progress(name, len(train.files) + len(test.files))
     try:
-        for part, scan in (("train", train), ("test", test)):
-            _write_images(partial / f"{part}.npy", scan.files, size, image_size is not None, progress)
+        with Progress(logger, f"{name}: decoded", len(train.files) + len(test.files), "images") as progress:
+            for part, scan in (("train", train), ("test", test)):
+                _write_images(partial / f"{part}.npy", scan.files, size, image_size is not None, progress)
         (partial / "fingerprint").write_text(dataset(partial).fingerprint)
         partial.rename(entry)
     except BaseException:
@@ -161,6 +162,5 @@ def _write_images(path: Path, files: list[Path], size: int, resize: bool, progre
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]
             decoded = buffer[: len(chunk)]
-            decode_into(decoded, chunk, [str(file) for file in chunk], pool, resize)
+            decode_into(decoded, chunk, [str(file) for file in chunk], pool, resize, progress)
             out.write(decoded.data)
-            progress.add(len(chunk))
