@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from bmsn.errors import InputError, RunStopped
+from bmsn.progress import clock
 from bmsn.run import Interrupted
 from bmsn.runfolder import SignalFlag
 from bmsn.scheduler import TaskProgress
@@ -37,14 +38,9 @@ class ProgressLines:
             return
         self._shown = now
         failed = f", {progress.failed} failed" if progress.failed else ""
-        left = "" if progress.seconds_left is None else f", left {_clock(progress.seconds_left)}"
-        line = f"{progress.finished} of {progress.total} {self._noun}{failed}; took {_clock(now - self._started)}{left}"
+        left = "" if progress.seconds_left is None else f", left {clock(progress.seconds_left)}"
+        line = f"{progress.finished} of {progress.total} {self._noun}{failed}; took {clock(now - self._started)}{left}"
         print(line, file=sys.stderr, flush=True)
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def until_signalled(run: Callable[[Callable[[], bool]], _T]) -> _T:

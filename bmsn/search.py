@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from bmsn.command import run_command, until_signalled
 from bmsn.config import SearchConfig
 from bmsn.config_files import load_config
 from bmsn.memory import keep_freed_memory
+from bmsn.progress import StatusLine
 from bmsn.run import run_search
 
 PROGRAM = "python -m bmsn.search"
@@ -56,15 +56,12 @@ class Progress:
     """Shows metrics records on stderr: one line that is rewritten on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = 0.0
+        self._line = StatusLine()
 
     def __call__(self, record: dict[str, Any]) -> None:
-        now = time.monotonic()
         last = record["step"] == record["num_steps"]
-        if not last and now - self._shown < (0.2 if self._terminal else 10):
+        if not last and not self._line.due:
             return
-        self._shown = now
         accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
         minutes, seconds = divmod(round(record["seconds_left"]), 60)
         line = (
@@ -74,12 +71,9 @@ class Progress:
         for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
             if name in record:
                 line += f"  {label} {record[name]:.{digits}f}"
-        print(
-            f"\r\x1b[K{line}" if self._terminal else line,
-            end="\n" if last or not self._terminal else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        self._line.show(line)
+        if last:
+            self._line.end(keep=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

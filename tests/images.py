@@ -20,11 +20,11 @@ def encode(image: np.ndarray | Image.Image, kind: str = "PNG") -> bytes:
     return file.getvalue()
 
 
-def bomb() -> bytes:
-    """A PNG of 58 bytes that claims 9,000 x 9,000 pixels."""
+def bomb(side: int = 9000) -> bytes:
+    """A PNG of 58 bytes that claims `side` x `side` pixels. Pillow warns of 9,459 and more, and refuses 13,378."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 9000, 9000, 8, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"x") + chunk(b"IEND", b"")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bmsn.data import ImageDataset, open_dataset, split_halves
+from bmsn.data import ImageDataset, check_spec, open_dataset, split_halves
 from bmsn.errors import InputError
 from images import make_images
 
@@ -106,20 +108,42 @@ def test_the_split_is_random_and_seeded():
     assert 200 < np.sum(first < 500) < 300
 
 
-@pytest.mark.parametrize(
+SPECS = pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("parqet:x", "unknown scheme 'parqet' .did you mean 'parquet'.*accepted: synthetic, cifar10"),
         ("/data/images", "unknown scheme '/data/images'; accepted"),
         ("synthetic:corse", "did you mean 'coarse'"),
         ("cifar10", "needs a path, as cifar10:DIR"),
+        ("synthetic:foo", "unknown variant synthetic:foo; accepted: default, fine, coarse"),
         ("npz:", "needs a path, as npz:FILE"),
-        ("folder:/no/such/folder", "/no/such/folder does not exist"),
     ],
 )
-def test_a_wrong_spec_is_named(spec, message):
+
+
+@SPECS
+@pytest.mark.parametrize("check", [check_spec, open_dataset])
+def test_a_wrong_spec_is_named(check, spec, message):
     with pytest.raises(InputError, match=message):
-        open_dataset(spec)
+        check(spec)
+
+
+@pytest.mark.parametrize("spec", ["synthetic", "synthetic:", "synthetic:fine", "cifar10:/no/such/folder", "npz:a:b"])
+def test_specs_that_may_name_something(spec):
+    check_spec(spec)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/no/such/folder", "/no/such/folder does not exist"),
+        ("~no-such-user/images", "~no-such-user/images does not exist"),
+        ("/" + "x" * 300, "File name too long"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_named(path, message):
+    with pytest.raises(InputError, match=message):
+        open_dataset(f"folder:{path}")
 
 
 def test_a_file_for_a_folder_and_the_reverse(tmp_path: Path):
@@ -167,6 +191,7 @@ def test_npz_with_the_least(tmp_path: Path):
             {"train_labels": np.array([0, 1, 2, 0, 1, 10**12]), "class_names": None},
             "label 1000000000000 among 6 images",
         ),
+        ({"train_labels": np.array([0, 1, 2, 0, 1, 2**63], np.uint64)}, "below 2..63; got 9223372036854775808"),
         ({"class_names": np.array(["a", None], dtype=object)}, "no readable .npz file .*pickle"),
     ],
     ids=str,
@@ -184,8 +209,35 @@ def test_a_damaged_npz_is_named(tmp_path: Path):
     with pytest.raises(InputError, match=r"a.npz"):
         open_dataset(f"npz:{tmp_path / 'a.npz'}")
     np.save(tmp_path / "b.npy", make_images(6, 4))
-    with pytest.raises(InputError, match=r"not an .npz file"):
+    with pytest.raises(InputError, match=r"b.npy: no readable .npz file .*not a zip file"):
         open_dataset(f"npz:{tmp_path / 'b.npy'}")
+
+
+@pytest.mark.parametrize("name", ["train_images", "test_labels"])
+def test_an_npz_that_claims_terabytes_is_named(name, tmp_path: Path):
+    spec = write_npz(tmp_path / "a.npz", **{name: None})
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (10**9, 32, 32, 3)})
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr(f"{name}.npy", header.getvalue() + bytes(6))
+    message = (
+        rf"a.npz: no readable .npz file .*{name} is 134 bytes long, its header claims 3072000000128: uint8 \(10+, 32"
+    )
+    with pytest.raises(InputError, match=message):
+        open_dataset(spec)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"), [(0, 1, "is encrypted"), (2, 99, "compression .*not supported")]
+)
+def test_an_npz_that_cannot_be_unpacked_is_named(field, value, message, tmp_path: Path):
+    spec = write_npz(tmp_path / "a.npz")
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    for signature, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # at a file's start, and in the list of files
+        content[content.index(signature) + flags + field] = value  # flags, method of compression
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(InputError, match=rf"a.npz: no readable .npz file .*{message}"):
+        open_dataset(spec)
 
 
 def test_other_schemes_do_not_resize(tmp_path: Path):

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import shutil
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from bmsn.data import folder, open_dataset
+from bmsn.data import folder, hashes, open_dataset
 from bmsn.errors import InputError
 from images import bomb, encode, make_images
 
@@ -33,11 +38,21 @@ def write_classes(where: Path, names: list[str], per_class: int, seed: int = 0, 
     return images
 
 
-def refuse_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    def decode(*_):
-        raise AssertionError("decoded again")
+def refuse(monkeypatch: pytest.MonkeyPatch, *, reading: bool = False) -> None:
+    """From now on decoding fails, and `reading` of files for their hashes, too."""
 
-    monkeypatch.setattr(folder, "decode_into", decode)
+    def fail(*_):
+        raise AssertionError("done again")
+
+    monkeypatch.setattr(folder, "decode_into", fail)
+    if reading:
+        monkeypatch.setattr(hashes, "_hash", fail)
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files written just now are remembered at once, as those of a few seconds ago are."""
+    monkeypatch.setattr(hashes, "_SETTLED_NS", 0)
 
 
 def test_class_folders(tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pytest.LogCaptureFixture):
@@ -69,14 +84,98 @@ def test_a_folder_is_decoded_once(tmp_path: Path, cache: Path, monkeypatch: pyte
     write_classes(tmp_path, ["a", "b"], 2)
     first = open_dataset(f"folder:{tmp_path}", image_size=16)
     with monkeypatch.context() as patch:
-        refuse_decoding(patch)
+        refuse(patch)
         again = open_dataset(f"folder:{tmp_path}", image_size=16)
         assert again.fingerprint == first.fingerprint
-        with pytest.raises(AssertionError, match="decoded again"):
+        with pytest.raises(AssertionError, match="done again"):
             open_dataset(f"folder:{tmp_path}", image_size=8)
     (tmp_path / "a" / "0.png").write_bytes(encode(make_images(1, 32, seed=5)[0]))
     assert open_dataset(f"folder:{tmp_path}", image_size=16).fingerprint != first.fingerprint
     assert not list(cache.glob("*.partial"))
+
+
+def write_uncompressed(where: Path, seed: int) -> np.ndarray:
+    """Files whose names, sizes and times of modification are those of any other seed."""
+    images = make_images(4, 16, seed)
+    for i, image in enumerate(images):
+        path = where / "ab"[i // 2] / f"{i % 2}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encode(image, "BMP"))
+        os.utime(path, ns=(10**18, 10**18))
+    return images
+
+
+@pytest.mark.usefixtures("settled")
+def test_only_what_the_files_hold_counts(tmp_path: Path):
+    seen = set()
+    for where, seed in (("one", 1), ("two", 2), ("one", 3)):  # another folder; the same folder with other bytes
+        images = write_uncompressed(tmp_path / where, seed)
+        data = open_dataset(f"folder:{tmp_path / where}")
+        np.testing.assert_array_equal(data.train_images, images)
+        seen.add(data.fingerprint)
+    assert len(seen) == 3
+
+
+@pytest.mark.usefixtures("settled")
+def test_an_unchanged_folder_is_read_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    write_classes(tmp_path / "pets", ["cat", "dog"], 2)
+    first = open_dataset(f"folder:{tmp_path / 'pets'}").fingerprint
+    with monkeypatch.context() as patch:
+        refuse(patch, reading=True)
+        assert open_dataset(f"folder:{tmp_path / 'pets'}").fingerprint == first
+        (memory,) = (path for path in cache.glob("content-*") if not path.suffix)
+        memory.write_bytes(b"\xff damaged")
+        with pytest.raises(AssertionError, match="done again"):
+            open_dataset(f"folder:{tmp_path / 'pets'}")
+    refuse(monkeypatch)
+    assert open_dataset(f"folder:{tmp_path / 'pets'}").fingerprint == first
+
+
+def test_files_that_may_change_within_a_tick_of_the_clock_are_not_remembered(tmp_path: Path, cache: Path):
+    write_classes(tmp_path, ["a", "b"], 2)
+    open_dataset(f"folder:{tmp_path}")
+    assert not [path for path in cache.glob("content-*") if not path.suffix]
+
+
+@pytest.mark.parametrize("move", [Path.rename, shutil.copytree])
+def test_a_folder_elsewhere_is_not_decoded_again(move, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    images = write_classes(tmp_path / "pets", ["cat", "dog"], 2)
+    first = open_dataset(f"folder:{tmp_path / 'pets'}")
+    move(tmp_path / "pets", tmp_path / "animals")
+    (tmp_path / "animals" / "cat" / "0.png").touch()
+    refuse(monkeypatch)
+    data = open_dataset(f"folder:{tmp_path / 'animals'}")
+    np.testing.assert_array_equal(data.train_images, images)
+    assert (data.name, data.fingerprint) == ("animals", first.fingerprint)
+
+
+def test_other_classes_of_the_same_files_are_another_data_set(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    write_classes(tmp_path, ["a", "b"], 3)
+    first = open_dataset(f"folder:{tmp_path}").fingerprint
+    (tmp_path / "b").rename(tmp_path / "c")
+    renamed = open_dataset(f"folder:{tmp_path}")
+    assert renamed.class_names == ("a", "c")
+    (tmp_path / "c" / "0.png").rename(tmp_path / "a" / "3.png")
+    moved = open_dataset(f"folder:{tmp_path}")  # all files in the same order
+    assert moved.train_labels.tolist() == [0, 0, 0, 0, 1, 1]
+    assert len({first, renamed.fingerprint, moved.fingerprint}) == 3
+    assert not caplog.text
+
+
+def test_files_that_change_while_they_are_decoded(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch):
+    write_uncompressed(tmp_path, seed=1)
+    decode = folder.decode_into
+
+    def decode_and_change(*arguments):
+        write_uncompressed(tmp_path, seed)
+        decode(*arguments)
+
+    monkeypatch.setattr(folder, "decode_into", decode_and_change)
+    seed = 2
+    with pytest.raises(InputError, match=f"{tmp_path} has changed while it was decoded"):
+        open_dataset(f"folder:{tmp_path}")
+    assert not [path for path in cache.iterdir() if path.is_dir()]
+    np.testing.assert_array_equal(open_dataset(f"folder:{tmp_path}").train_images, write_uncompressed(tmp_path, 2))
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "wrong fingerprint"])
@@ -153,6 +252,81 @@ def test_every_mode_becomes_rgb(mode, tmp_path: Path):
     (tmp_path / "a" / f"0.{kind.lower()}").write_bytes(encode(image, kind))
     data = open_dataset(f"folder:{tmp_path}")
     np.testing.assert_array_equal(data.train_images[1 if kind == "TIFF" else 0], np.asarray(image.convert("RGB")))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP"])
+def test_every_format(kind, tmp_path: Path):
+    content = encode(make_images(1)[0], kind)
+    for name in ("a/0.png", "a/1.png", "b/0.png", "b/1.png"):  # the content says what it is, not the name
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    expected = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    np.testing.assert_array_equal(open_dataset(f"folder:{tmp_path}").train_images[3], expected)
+
+
+@pytest.mark.parametrize("place", ["a/0.png", "b/1.png"])
+@pytest.mark.parametrize("side", [11000, 14000])
+def test_pillow_does_not_warn_of_an_image_that_is_refused(side, place, tmp_path: Path):
+    write_classes(tmp_path, ["a", "b"], 2)
+    (tmp_path / place).write_bytes(bomb(side))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(InputError, match=rf"{place}: {side} x {side} pixels; accepted: at most 67108864"):
+            open_dataset(f"folder:{tmp_path}")
+        assert warnings.filters[0][0] == "always"
+    assert not caught
+
+
+def test_what_is_no_file_is_named(tmp_path: Path):
+    write_classes(tmp_path, ["a", "b"], 2)
+    (tmp_path / "b" / "2.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(InputError, match=r"b/2.png: a broken symlink"):
+        open_dataset(f"folder:{tmp_path}")
+    (tmp_path / "b" / "2.png").unlink()
+    os.mkfifo(tmp_path / "b" / "2.png")
+    with pytest.raises(InputError, match=r"b/2.png: no regular file"):
+        open_dataset(f"folder:{tmp_path}")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_a_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
+    write_classes(tmp_path / "pets", ["cat", "dog"], 48, size=4)
+    monkeypatch.setattr("bmsn.progress._TERMINAL_SECONDS", 0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with caplog.at_level(logging.INFO, "bmsn"):
+        open_dataset(f"folder:{tmp_path / 'pets'}")
+    *_, last = sys.stderr.getvalue().split("\r\x1b[K")
+    assert "pets: decoded [########................] 32 of 96 images (" in sys.stderr.getvalue()
+    assert "/s), left 0:00:0" in sys.stderr.getvalue()
+    assert last == ""  # the bar is gone
+    assert [line.split(" (")[0] for line in caplog.messages] == [
+        "pets: read 96 of 96 files",
+        "pets: decoded 96 of 96 images",
+    ]
+    (tmp_path / "pets" / "dog" / "9.png").write_bytes(b"no image")
+    with caplog.at_level(logging.INFO, "bmsn"), pytest.raises(InputError):
+        open_dataset(f"folder:{tmp_path / 'pets'}")
+    assert sys.stderr.getvalue().endswith("\r\x1b[K")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with pytest.raises(InputError):  # a library that was not asked to talk
+        open_dataset(f"folder:{tmp_path / 'pets'}")
+    assert sys.stderr.getvalue() == ""
+
+
+def test_elsewhere_lines_say_how_much_time_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture
+):
+    write_classes(tmp_path / "pets", ["cat", "dog"], 32, size=4)
+    monkeypatch.setattr("bmsn.progress._LINE_SECONDS", 0)
+    with caplog.at_level(logging.INFO, "bmsn"):
+        open_dataset(f"folder:{tmp_path / 'pets'}")
+    assert caplog.messages[2].startswith("pets: decoded 32 of 64 images (")
+    assert "/s), left 0:00:0" in caplog.messages[2]
+    assert capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

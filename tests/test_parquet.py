@@ -19,13 +19,20 @@ IMAGES, LABELS = make_images(16), np.arange(16) % 3
 NAMES = ["ant", "bee", "cow"]
 
 
-def write_parquet(path: Path, images: list, labels: list, names: list[str] | None = None, image: str = "img") -> None:
+def write_parquet(
+    path: Path,
+    images: list,
+    labels: list,
+    names: list[str] | None = None,
+    image: str = "img",
+    label_type: str = "int64",
+) -> None:
     pa = pytest.importorskip("pyarrow")
     pq = pytest.importorskip("pyarrow.parquet")
     cells = pa.array(
         [{"bytes": cell, "path": None} for cell in images], pa.struct({"bytes": pa.binary(), "path": pa.string()})
     )
-    table = pa.table({image: cells, "label": pa.array(labels, pa.int64())})
+    table = pa.table({image: cells, "label": pa.array(labels, getattr(pa, label_type)())})
     if names:
         features = {image: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
@@ -85,6 +92,15 @@ def test_a_wrong_row_is_named(row, cell, label, message, parquet: Path, monkeypa
     write_parquet(parquet / "train-00001-of-00002.parquet", cells, labels, NAMES)
     with pytest.raises(InputError, match=message):
         open_dataset(f"parquet:{parquet}")
+
+
+@pytest.mark.parametrize("names", [None, NAMES])
+def test_a_label_beyond_int64_is_named(names, tmp_path: Path):
+    cells = [encode(image) for image in IMAGES[:4]]
+    write_parquet(tmp_path / "train.parquet", cells, [0, 1, 2**63, 0], names, label_type="uint64")
+    last = 2 if names else 2**63 - 1
+    with pytest.raises(InputError, match=rf"train.parquet row 2: label 9223372036854775808; accepted: 0\.\.{last}$"):
+        open_dataset(f"parquet:{tmp_path}")
 
 
 def test_parquet_without_the_columns(tmp_path: Path):

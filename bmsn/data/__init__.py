@@ -2,11 +2,12 @@
 
 from bmsn.data.batches import BatchStream, normalisation, normalisation_table, normalise
 from bmsn.data.dataset import ImageDataset, split_halves
-from bmsn.data.readers import open_dataset
+from bmsn.data.readers import check_spec, open_dataset
 
 __all__ = [
     "BatchStream",
     "ImageDataset",
+    "check_spec",
     "normalisation",
     "normalisation_table",
     "normalise",

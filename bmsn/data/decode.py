@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 import io
-import logging
-import time
-from collections.abc import Sequence
+import struct
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from bmsn.errors import InputError
-
-logger = logging.getLogger(__name__)
+from bmsn.progress import Progress
 
 MAX_PIXELS = 1 << 26  # of one image, from its header: a few hundred bytes can claim gigabytes ("decompression bomb")
-CHUNK = 1024  # images decoded between two writes or log lines
+CHUNK = 1024  # images decoded between two writes
 _SLICE = 32  # images a thread takes at a time
-_LOG_SECONDS = 5.0
 
 
-def _open(source: Path | bytes) -> Image.Image:
-    return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)  # reads the header only
+@contextmanager
+def _open(source: Path | bytes) -> Iterator[Image.Image]:
+    """What `Image.open` does, except for its warning about large images, which are refused here: filters of warnings
+    are the process's, not a thread's. Reads the header only.
+    """
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file, _identify(file) as image:
+        yield image
+
+
+def _identify(file: BinaryIO) -> Image.Image:
+    prefix = file.read(16)
+    for load_plugins in (Image.preinit, Image.init):  # the frequent formats, then all
+        load_plugins()
+        for factory, accept in list(Image.OPEN.values()):
+            accepted = accept is None or accept(prefix)
+            if isinstance(accepted, str) or not accepted:  # a string says which library is missing
+                continue
+            file.seek(0)
+            try:
+                return factory(file, "")
+            except (SyntaxError, IndexError, TypeError, struct.error):
+                pass  # how a plugin says that it is another format
+    raise UnidentifiedImageError("of no known format")
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:
@@ -75,7 +95,12 @@ def size_of_first(source: Path | bytes, name: str) -> int:
 
 
 def decode_into(
-    out: np.ndarray, sources: Sequence[Path | bytes], names: Sequence[str], pool: Executor, resize: bool
+    out: np.ndarray,
+    sources: Sequence[Path | bytes],
+    names: Sequence[str],
+    pool: Executor,
+    resize: bool,
+    progress: Progress,
 ) -> None:
     """Decodes images in the threads of `pool`. Threads, not processes: a fork after a parallel region hangs.
 
@@ -89,29 +114,16 @@ def decode_into(
         names: N names for messages.
         pool: of threads.
         resize: False: an image that isn't S x S is an error.
+        progress: counts them.
     Raises:
         InputError: naming the first image that is damaged, of the wrong size or larger than `MAX_PIXELS`.
     """
 
-    def decode_slice(start: int) -> None:
-        for i in range(start, min(start + _SLICE, len(sources))):
+    def decode_slice(start: int) -> int:
+        stop = min(start + _SLICE, len(sources))
+        for i in range(start, stop):
             out[i] = _decode(sources[i], names[i], out.shape[1], resize)
+        return stop - start
 
-    for _ in pool.map(decode_slice, range(0, len(sources), _SLICE)):
-        pass
-
-
-class Progress:
-    """Logs how far decoding has come, every few seconds and at the end."""
-
-    def __init__(self, name: str, total: int) -> None:
-        self.name, self.total, self.done = name, total, 0
-        self.start = self.last = time.monotonic()
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self.done == self.total or now - self.last > _LOG_SECONDS:
-            self.last = now
-            rate = self.done / max(now - self.start, 1e-9)
-            logger.info("%s: decoded %d of %d images (%.0f/s)", self.name, self.done, self.total, rate)
+    for count in pool.map(decode_slice, range(0, len(sources), _SLICE)):
+        progress.add(count)

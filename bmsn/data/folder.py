@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,8 +18,10 @@ import numpy as np
 import torch
 
 from bmsn.data.dataset import ImageDataset
-from bmsn.data.decode import CHUNK, Progress, decode_into, size_of_first
+from bmsn.data.decode import CHUNK, decode_into, size_of_first
+from bmsn.data.hashes import content_digest, remembered_digest, stamp
 from bmsn.errors import InputError
+from bmsn.progress import Progress
 
 logger = logging.getLogger(__name__)
 
@@ -29,19 +32,18 @@ _CACHE_VERSION = 1  # counts up whenever the same files would decode to other pi
 
 @dataclass(frozen=True, kw_only=True)
 class _Scan:
-    """The image files of one part of a data set, in order, and what the cache knows them by."""
+    """The image files of one part of a data set, in order."""
 
     files: list[Path]
     labels: np.ndarray  # (N,) int64
-    stamps: list[tuple[str, int, int]]  # path below the data set's folder, bytes, time of modification in ns
 
 
 def read_folder(folder: Path, image_size: int | None) -> ImageDataset:
     """Reads class folders: `folder`/<class>/, or `folder`/train/<class>/ with a test set in test/, val/ or validation/.
 
     Images are decoded once into .npy files under $BMSN_CACHE (else ~/.cache/bmsn) and memory-mapped from there, so a
-    data set may be larger than memory. The cache is known by the files' relative paths, sizes and times of modification
-    and by `image_size`; its content is checked by sha256 whenever it is opened, and made anew where it is damaged.
+    data set may be larger than memory. The cache is known by what the files hold, their classes and `image_size`,
+    wherever the folder lies; its content is checked by sha256 whenever it is opened, and made anew where it is damaged.
 
     Args:
         folder: the data set takes its name.
@@ -49,18 +51,8 @@ def read_folder(folder: Path, image_size: int | None) -> ImageDataset:
     Raises:
         InputError: naming the file or folder.
     """
-    top = folder / "train"
-    split = top.is_dir() and bool(_subfolders(top))
-    classes = _subfolders(top if split else folder)
-    if len(classes) < 2:
-        raise InputError(
-            f"folder: {top if split else folder} has {len(classes)} class folder(s); at least 2 are needed"
-        )
+    train, test, classes = _scan_parts(folder)
     class_names = tuple(path.name for path in classes)
-    train = _scan(folder, classes, class_names)
-    tests = (folder / name for name in _TEST_FOLDERS) if split else iter(())
-    test_folder = next((path for path in tests if path.is_dir()), None)
-    test = _scan(folder, _subfolders(test_folder) if test_folder else [], class_names)
     rare = np.flatnonzero(np.bincount(train.labels, minlength=len(classes)) < 2)
     if len(rare):  # before hours of decoding, not after
         raise InputError(f"folder: only one image in {classes[rare[0]]}; each class needs at least 2")
@@ -75,25 +67,61 @@ def read_folder(folder: Path, image_size: int | None) -> ImageDataset:
             class_names=class_names,
         )
 
-    stamps = [_CACHE_VERSION, image_size, train.stamps, test.stamps]
-    key = hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    files, cache = train.files + test.files, _cache()
     try:
-        cache = Path(os.environ.get("BMSN_CACHE") or "~/.cache/bmsn").expanduser()
         cache.mkdir(parents=True, exist_ok=True)
-        entry = cache / f"folder-{key}"
-        with open(cache / f"folder-{key}.lock", "w") as lock:  # one decodes, the others wait; dies with its holder
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        memory = cache / f"content-{hashlib.sha256(os.fsencode(folder)).hexdigest()}"
+        with _locked(memory):
+            content, before = remembered_digest(files, folder.name, memory)
+        known_by = [_CACHE_VERSION, image_size, class_names, train.labels.tolist(), test.labels.tolist(), content]
+        entry = cache / f"folder-{hashlib.sha256(json.dumps(known_by).encode()).hexdigest()}"
+
+        def check_unchanged() -> None:
+            if stamp(files).digest != before.digest and content_digest(files, folder.name) != content:
+                raise InputError(f"folder: {folder} has changed while it was decoded")
+
+        with _locked(entry):
             found = _verified(entry, dataset)
-            return found or _build(entry, folder.name, train, test, image_size, dataset)
+            return found or _build(entry, folder.name, train, test, image_size, dataset, check_unchanged)
     except OSError as error:  # a full disk, a folder that may not be written to
         raise InputError(f"folder: the cache of decoded images ({cache}, from $BMSN_CACHE) failed: {error}") from error
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("BMSN_CACHE") or "~/.cache/bmsn").expanduser()
+    except RuntimeError as error:
+        raise InputError("folder: no home folder to keep decoded images in; set BMSN_CACHE to a folder") from error
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Only one process is inside at a time, the others wait; the lock dies with its holder."""
+    with open(path.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _scan_parts(folder: Path) -> tuple[_Scan, _Scan, list[Path]]:
+    """Training part, test part (maybe empty) and the training part's class folders."""
+    top = folder / "train"
+    split = top.is_dir() and bool(_subfolders(top))
+    classes = _subfolders(top if split else folder)
+    if len(classes) < 2:
+        raise InputError(
+            f"folder: {top if split else folder} has {len(classes)} class folder(s); at least 2 are needed"
+        )
+    class_names = tuple(path.name for path in classes)
+    tests = (folder / name for name in _TEST_FOLDERS) if split else iter(())
+    test_folder = next((path for path in tests if path.is_dir()), None)
+    return _scan(classes, class_names), _scan(_subfolders(test_folder) if test_folder else [], class_names), classes
 
 
 def _subfolders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _scan(folder: Path, classes: list[Path], class_names: tuple[str, ...]) -> _Scan:
+def _scan(classes: list[Path], class_names: tuple[str, ...]) -> _Scan:
     files: list[Path] = []
     labels: list[int] = []
     for path in classes:
@@ -104,15 +132,14 @@ def _scan(folder: Path, classes: list[Path], class_names: tuple[str, ...]) -> _S
             raise InputError(f"folder: no image in {path}; accepted: {', '.join(sorted(EXTENSIONS))}")
         files += images
         labels += [class_names.index(path.name)] * len(images)
-    stats = [file.stat() for file in files]
-    stamps = [
-        (str(file.relative_to(folder)), stat.st_size, stat.st_mtime_ns) for file, stat in zip(files, stats, strict=True)
-    ]
-    return _Scan(files=files, labels=np.array(labels, dtype=np.int64), stamps=stamps)
+    return _Scan(files=files, labels=np.array(labels, dtype=np.int64))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for where, _, names in os.walk(folder):
+    def refuse(error: OSError) -> None:  # by itself os.walk leaves out what it may not read
+        raise error
+
+    for where, _, names in os.walk(folder, onerror=refuse):
         yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
@@ -133,17 +160,24 @@ def _verified(entry: Path, dataset: Callable[[Path], ImageDataset]) -> ImageData
 
 
 def _build(
-    entry: Path, name: str, train: _Scan, test: _Scan, image_size: int | None, dataset: Callable[[Path], ImageDataset]
+    entry: Path,
+    name: str,
+    train: _Scan,
+    test: _Scan,
+    image_size: int | None,
+    dataset: Callable[[Path], ImageDataset],
+    check_unchanged: Callable[[], None],
 ) -> ImageDataset:
     """Decodes into a folder of another name, then renames it: what has the right name is complete."""
+    size = image_size or size_of_first(train.files[0], str(train.files[0]))
     partial = entry.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that died
     partial.mkdir()
-    size = image_size or size_of_first(train.files[0], str(train.files[0]))
-    progress = Progress(name, len(train.files) + len(test.files))
     try:
-        for part, scan in (("train", train), ("test", test)):
-            _write_images(partial / f"{part}.npy", scan.files, size, image_size is not None, progress)
+        with Progress(logger, f"{name}: decoded", len(train.files) + len(test.files), "images") as progress:
+            for part, scan in (("train", train), ("test", test)):
+                _write_images(partial / f"{part}.npy", scan.files, size, image_size is not None, progress)
+        check_unchanged()
         (partial / "fingerprint").write_text(dataset(partial).fingerprint)
         partial.rename(entry)
     except BaseException:
@@ -161,6 +195,5 @@ def _write_images(path: Path, files: list[Path], size: int, resize: bool, progre
         for start in range(0, len(files), CHUNK):
             chunk = files[start : start + CHUNK]
             decoded = buffer[: len(chunk)]
-            decode_into(decoded, chunk, [str(file) for file in chunk], pool, resize)
+            decode_into(decoded, chunk, [str(file) for file in chunk], pool, resize, progress)
             out.write(decoded.data)
-            progress.add(len(chunk))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ import numpy as np
 import torch
 
 from bmsn.data.dataset import ImageDataset, numbered_class_names
-from bmsn.data.decode import CHUNK, Progress, decode_into, size_of_first
+from bmsn.data.decode import CHUNK, decode_into, size_of_first
 from bmsn.errors import InputError
+from bmsn.progress import Progress
+
+logger = logging.getLogger(__name__)
 
 _IMAGE_COLUMNS = ("img", "image")
 _LABEL_COLUMNS = ("label", "fine_label")
@@ -117,9 +121,13 @@ def _first_size(file: _File) -> int:
 
 
 def _check_row(file: _File, row: int, image: bytes | None, label: int | None) -> None:
+    """Labels here as well as in `ImageDataset`, which does not know files and rows."""
     if image is None or label is None:
         empty = f"{file.image}.bytes" if image is None else file.label
         raise InputError(f"{file.path} row {row}: {empty} is empty")
+    last = len(file.class_names) - 1 if file.class_names else np.iinfo(np.int64).max
+    if not 0 <= label <= last:
+        raise InputError(f"{file.path} row {row}: label {label}; accepted: 0..{last}")
 
 
 def _read_files(
@@ -127,25 +135,16 @@ def _read_files(
 ) -> tuple[np.ndarray, np.ndarray]:
     total = sum(file.num_rows for file in files)
     images, labels = np.empty((total, size, size, 3), np.uint8), np.empty(total, np.int64)
-    progress = Progress(name, total)
-    for file in files:
-        row = 0
-        for encoded, values in file.batches(CHUNK):
-            start, count = progress.done, len(encoded)
-            for i in range(count):
-                _check_row(file, row + i, encoded[i], values[i])
-            names = [f"{file.path} row {row + i}" for i in range(count)]
-            decode_into(images[start : start + count], encoded, names, pool, resize)
-            labels[start : start + count] = values
-            _check_labels(file, row, labels[start : start + count])
-            row += count
-            progress.add(count)
+    start = 0
+    with Progress(logger, f"{name}: decoded", total, "images") as progress:
+        for file in files:
+            row = 0
+            for encoded, values in file.batches(CHUNK):
+                stop = start + len(encoded)
+                for i, (image, label) in enumerate(zip(encoded, values, strict=True), row):
+                    _check_row(file, i, image, label)
+                names = [f"{file.path} row {row + i}" for i in range(len(encoded))]
+                decode_into(images[start:stop], encoded, names, pool, resize, progress)
+                labels[start:stop] = values
+                start, row = stop, row + len(encoded)
     return images, labels
-
-
-def _check_labels(file: _File, first_row: int, labels: np.ndarray) -> None:
-    """Here as well as in `ImageDataset`, which does not know files and rows."""
-    last = len(file.class_names) - 1 if file.class_names else np.iinfo(np.int64).max
-    wrong = np.flatnonzero((labels < 0) | (labels > last))
-    if len(wrong):
-        raise InputError(f"{file.path} row {first_row + wrong[0]}: label {labels[wrong[0]]}; accepted: 0..{last}")

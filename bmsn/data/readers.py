@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
+import os
 import zipfile
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from bmsn.data.parquet import read_parquet
 from bmsn.errors import InputError
 
 SCHEMES = ("synthetic", "cifar10", "cifar100", "parquet", "folder", "npz")
+_NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
 SYNTHETIC_VARIANTS = ("default", "fine", "coarse")
 
 
@@ -38,6 +40,7 @@ def open_dataset(spec: str, *, image_size: int | None = None) -> ImageDataset:
     Raises:
         InputError: naming what is wrong: the scheme, the file, the row.
     """
+    check_spec(spec)
     scheme, rest = split_spec(spec)
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size must be at least 1; got {image_size}")
@@ -58,32 +61,43 @@ def split_spec(spec: str) -> tuple[str, str]:
     return scheme, rest
 
 
+def check_spec(spec: str) -> None:
+    """Raises the InputError of `open_dataset` for what can be seen without opening anything: an unknown scheme or
+    variant, naming the nearest, or a path that is not given.
+    """
+    scheme, rest = split_spec(spec)
+    if scheme != "synthetic":
+        if not rest:
+            raise InputError(f"data: {scheme} needs a path, as {scheme}:{'FILE' if scheme == 'npz' else 'DIR'}")
+    elif rest and rest not in SYNTHETIC_VARIANTS:
+        hint = _nearest(rest, SYNTHETIC_VARIANTS)
+        raise InputError(f"data: unknown variant synthetic:{rest}{hint}; accepted: {', '.join(SYNTHETIC_VARIANTS)}")
+
+
 def _generate(variant: str) -> ImageDataset:
-    if variant not in SYNTHETIC_VARIANTS:
-        hint = _nearest(variant, SYNTHETIC_VARIANTS)
-        raise InputError(f"data: unknown variant synthetic:{variant}{hint}; accepted: {', '.join(SYNTHETIC_VARIANTS)}")
     from bmsn.data.synthetic import generate_synthetic
 
     return generate_synthetic(variant)
 
 
 def _read(scheme: str, rest: str, image_size: int | None) -> ImageDataset:
-    if not rest:
-        raise InputError(f"data: {scheme} needs a path, as {scheme}:{'FILE' if scheme == 'npz' else 'DIR'}")
-    path = Path(rest).expanduser().absolute()  # absolute: "folder:." has a name too
-    if not path.exists():
-        raise InputError(f"data: {scheme}: {path} does not exist")
-    if path.is_dir() == (scheme == "npz"):
-        raise InputError(f"data: {scheme}: {path} is {'a folder' if path.is_dir() else 'no folder'}")
-    match scheme:
-        case "parquet":
-            return read_parquet(path, image_size)
-        case "folder":
-            return read_folder(path, image_size)
-        case "npz":
-            return read_npz(path)
-        case _:
-            return read_cifar(scheme, path)
+    try:
+        path = Path(os.path.expanduser(rest)).absolute()  # absolute: "folder:." has a name too
+        if not path.exists():
+            raise InputError(f"data: {scheme}: {path} does not exist")
+        if path.is_dir() == (scheme == "npz"):
+            raise InputError(f"data: {scheme}: {path} is {'a folder' if path.is_dir() else 'no folder'}")
+        match scheme:
+            case "parquet":
+                return read_parquet(path, image_size)
+            case "folder":
+                return read_folder(path, image_size)
+            case "npz":
+                return read_npz(path)
+            case _:
+                return read_cifar(scheme, path)
+    except OSError as error:  # a folder that may not be read, a name too long
+        raise InputError(f"data: {scheme}: {error}") from error
 
 
 def _nearest(name: str, accepted: tuple[str, ...]) -> str:
@@ -96,17 +110,12 @@ def read_npz(path: Path) -> ImageDataset:
 
     Images: uint8 (N, H, W, C), or (N, H, W) for one channel. Labels: any integer type. No pickles.
     """
-    arrays: dict[str, np.ndarray] = {}
-    if not zipfile.is_zipfile(path):  # a .npy file, for which np.load returns something else, or no numpy file
-        raise InputError(f"{path}: not an .npz file")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            for name in ("train_images", "train_labels", "test_images", "test_labels", "class_names"):
-                if name in file:
-                    arrays[name] = file[name]
-            present = list(file)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:  # ValueError: a pickle inside
-        raise InputError(f"{path}: no readable .npz file ({error})") from error
+        with zipfile.ZipFile(path) as archive:
+            present = [name.removesuffix(".npy") for name in archive.namelist()]
+            arrays = {name: _npz_array(archive, name) for name in _NPZ_ARRAYS if f"{name}.npy" in archive.namelist()}
+    except Exception as error:  # damaged archives raise nearly anything, as do encrypted ones and pickles inside
+        raise InputError(f"{path}: no readable .npz file ({type(error).__name__}: {error})") from error
     for part in ("train", "test"):
         images, labels = f"{part}_images", f"{part}_labels"
         if (images in arrays) != (labels in arrays) or (part == "train" and images not in arrays):
@@ -130,6 +139,20 @@ def read_npz(path: Path) -> ImageDataset:
     )
 
 
+def _npz_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """One array. Its header is held against the file's size first: numpy takes the memory that a header claims."""
+    member = archive.getinfo(f"{name}.npy")
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        claimed = file.tell() + math.prod(shape) * dtype.itemsize
+    if claimed != member.file_size and not dtype.hasobject:
+        raise ValueError(f"{name} is {member.file_size} bytes long, its header claims {claimed}: {dtype} {shape}")
+    with archive.open(member) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+
 def _npz_images(path: Path, part: str, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
     images = np.ascontiguousarray(arrays[f"{part}_images"])
     if images.dtype != np.uint8:
@@ -141,4 +164,6 @@ def _npz_labels(path: Path, part: str, arrays: Mapping[str, np.ndarray]) -> np.n
     labels = arrays[f"{part}_labels"]
     if labels.dtype.kind not in "iu":
         raise InputError(f"{path}: {part}_labels must be integers; got {labels.dtype}")
+    if labels.dtype.kind == "u" and labels.max(initial=0) > np.iinfo(np.int64).max:
+        raise InputError(f"{path}: {part}_labels must be below 2**63; got {labels.max()}")
     return labels.astype(np.int64)
