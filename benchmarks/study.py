@@ -41,6 +41,8 @@ METHODS = ",".join((
     "mixture:adapt=5,label=adapted", "mixture:refresh_every=78,average_last=0.2,label=refreshed averaged",
     "mixture:refresh_every=78,average_last=0.2,adapt=5,label=refreshed averaged adapted",
     "spos:average_last=0.2,label=spos averaged", "spos:adapt=5,label=spos adapted",
+    "mixture:split_after=0.5,label=split", "mixture:supernets=4,split_after=0.5,label=4 supernets split",
+    "few-shot:split_after=0.5,label=few-shot split",
 ))  # fmt: skip
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits
     "kendall_tau_b": ("tau-b", 3),
