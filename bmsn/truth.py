@@ -111,7 +111,8 @@ def run_ground_truth(
         failed=failures(tasks, outcome),
     )
     title = f"{space.name} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
-    write_csv(config.out / "ground_truth.csv", title, CSV_COLUMNS, [row.as_dict() for row in truth.rows])
+    columns = (*CSV_COLUMNS, "pareto")
+    write_csv(config.out / "ground_truth.csv", title, columns, [row.as_dict() for row in truth.rows])
     return truth
 
 

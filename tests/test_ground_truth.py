@@ -94,6 +94,11 @@ def test_the_table_holds_what_the_networks_reach(finished):
         torch.set_num_threads(threads)
     rows = table(folder)
     assert [row["stage_depths"] for row in rows] == [a.slug for a in SPACE]
+    accuracy, macs = (np.array([float(row[name]) for row in rows]) for name in ("accuracy_mean", "macs"))
+    beaten = [
+        np.any((accuracy >= a) & (macs <= m) & ((accuracy > a) | (macs < m)))
+        for a, m in zip(accuracy, macs, strict=True)
+    ]
     assert rows[3] == {
         "stage_depths": "1-4-2",
         "accuracy_mean": f"{np.mean(alone):.3f}",
@@ -102,11 +107,19 @@ def test_the_table_holds_what_the_networks_reach(finished):
         "macs": str(SPACE.macs(SPACE[3], num_classes=4)),
         "macs_ratio": f"{SPACE.macs(SPACE[3], num_classes=4) / SPACE.macs(SPACE.default, num_classes=4):.3f}",
         "parameters": str(sum(p.numel() for p in bmsn.build_network(SPACE, SPACE[3], 4).parameters())),
+        "pareto": str(not beaten[3]),
     }
+    assert [row["pareto"] for row in rows] == [str(not each) for each in beaten]
     truth = load_truth(str(folder / "ground_truth.csv"), SPACE)
     assert len(truth) == 15
     line = next(line for line in printed.splitlines() if line.startswith("[1,4,2]"))
-    assert line.split()[1:] == [f"{np.mean(alone):.2f}", "±", f"{np.std(alone, ddof=1):.2f}", "2", "0.73x"]
+    assert line.split()[1:] == [
+        f"{np.mean(alone):.2f}",
+        "±",
+        f"{np.std(alone, ddof=1):.2f}",
+        "2",
+        "0.73x" if beaten[3] else "0.73x*",
+    ]
     assert truth[3] == pytest.approx(np.mean(alone), abs=1e-3)
     assert "tau-b of a ranking by MACs alone" in printed
     assert "seeds 0 to 1, 2 epochs, batch 16" in (folder / "ground_truth.csv").read_text().splitlines()[0]
