@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import os
+import shutil
 import signal
 import sys
 import time
@@ -133,6 +134,35 @@ def test_what_is_finished_is_not_done_again(finished, flags):
     assert run(*command(folder, flags)) == (0, printed, "")
     assert len(trained(folder)) == begun
     assert len(list((folder / "tasks").glob("*.json"))) == 30
+
+
+def test_the_table_is_over_the_seeds_that_the_command_names(finished, flags, tmp_path, monkeypatch):
+    """Two machines with a seed each, whose results are copied into one folder: no network is trained again."""
+
+    def copy_tasks(pattern: str, source: Path, to: Path) -> None:
+        (to / "tasks").mkdir(parents=True, exist_ok=True)
+        for path in (source / "tasks").glob(pattern):
+            shutil.copy(path, to / "tasks")
+
+    def ground_truth(folder: Path, *seeds: str) -> str:
+        assert main([*flags, "--out", str(folder), *seeds]) == 0
+        return (folder / "ground_truth.csv").read_text()
+
+    whole = (finished[0] / "ground_truth.csv").read_text()
+    monkeypatch.setattr("bmsn.worker.Worker.begin", lambda worker, task: pytest.fail(f"{task.label} is trained"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    copy_tasks("*-seed0-*.json", finished[0], one)
+    copy_tasks("*-seed1-*.json", finished[0], other)
+    ground_truth(one, "--seeds", "1")
+    second = ground_truth(other, "--first-seed", "1", "--seeds", "1")
+    assert {row["n"] for row in table(one)} == {row["n"] for row in table(other)} == {"1"}
+    for a, b, both in zip(table(one), table(other), table(finished[0]), strict=True):
+        mean = (float(a["accuracy_mean"]) + float(b["accuracy_mean"])) / 2
+        assert float(both["accuracy_mean"]) == pytest.approx(mean, abs=1e-3)
+    assert "seeds 1 to 1, " in second.splitlines()[0]
+    copy_tasks("*.json", one, other)
+    assert ground_truth(other, "--first-seed", "1", "--seeds", "1") == second
+    assert ground_truth(other, "--seeds", "2") == whole
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(finished, flags, tmp_path):
