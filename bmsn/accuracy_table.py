@@ -6,11 +6,12 @@ import csv
 import io
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from bmsn.checkpoint import write_atomically
+from bmsn.cost import pareto_front
 from bmsn.data import ImageDataset
 from bmsn.paths import Candidate, as_path, path_macs
 from bmsn.scheduler import Outcome
@@ -18,6 +19,7 @@ from bmsn.space import SearchSpace
 from bmsn.standalone import TrainingSettings
 from bmsn.tasks import Task, TaskResult
 
+# Behind them comes what a table has of its own, and last `pareto`.
 CSV_COLUMNS = (
     "stage_depths", "accuracy_mean", "accuracy_std", "n", "macs", "macs_ratio", "parameters", "seconds",
 )  # fmt: skip
@@ -38,6 +40,7 @@ class AccuracyRow(Generic[_C]):
         macs: multiply-accumulates for one image; macs_ratio: relative to the default architecture.
         parameters: of a network, affine BatchNorm included.
         seconds: mean time that a network took to train and test.
+        pareto: whether no other row of the table is as cheap in MACs and more accurate.
     """
 
     architecture: _C
@@ -48,6 +51,12 @@ class AccuracyRow(Generic[_C]):
     macs_ratio: float
     parameters: int
     seconds: float | None
+    pareto: bool
+
+    @property
+    def macs_text(self) -> str:
+        """`0.87x*`: relative to the default architecture, with a star on the Pareto front."""
+        return f"{self.macs_ratio:.2f}x{'*' if self.pareto else ' '}"
 
     @property
     def accuracy_text(self) -> str:
@@ -67,6 +76,7 @@ class AccuracyRow(Generic[_C]):
             "macs_ratio": _cell(self.macs_ratio, 3),
             "parameters": self.parameters,
             "seconds": _cell(self.seconds, 1),
+            "pareto": self.pareto,
         }
 
 
@@ -99,9 +109,17 @@ def accuracy_rows(
                 macs_ratio=macs / default,
                 parameters=space.num_parameters(num_classes=classes, in_channels=channels),
                 seconds=statistics.mean(result.seconds for result in results) if results else None,
+                pareto=False,
             )
         )
-    return rows
+    front = pareto_front([row.accuracy_mean for row in rows], [row.macs for row in rows])
+    return [replace(row, pareto=on_it) for row, on_it in zip(rows, front, strict=True)]
+
+
+def pareto_lines(rows: Sequence[AccuracyRow[_C]]) -> list[str]:
+    """What `*` means, for the end of a printed table; nothing where there is none."""
+    front = sum(row.pareto for row in rows)
+    return [f"*: Pareto front, the {front} that no other is as cheap and more accurate than."] if front else []
 
 
 def describe(seeds: Sequence[int], training: TrainingSettings, results: Mapping[str, TaskResult]) -> str:

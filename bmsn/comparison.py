@@ -141,6 +141,11 @@ class SearchTask:
     def macs(self) -> int:
         return self.cost
 
+    @cached_property
+    def kind(self) -> str:
+        """Its settings: a ranking by MACs takes no time, and the methods that train differ by a factor of 20."""
+        return json.dumps(self.config.as_dict() | {"seed": None}, sort_keys=True)
+
     def perform(self, place: Place, progress: Callable[[float], None]) -> FinishedSearch:
         run = self.folder / self.name
         config = replace(self.config, out=run, resume=(run / "config.yaml").is_file())
@@ -158,8 +163,12 @@ class FinishedSearch:
     result: SearchResult
 
     @property
+    def seconds(self) -> float:
+        return self.result.timings["total_seconds"]
+
+    @property
     def summary(self) -> str:
-        return f"{self.result.best.architecture}, {self.result.timings['total_seconds']:.0f} s"
+        return f"{self.result.best.architecture}, {self.seconds:.0f} s"
 
 
 class RunStore(Store[SearchTask, FinishedSearch]):
@@ -234,9 +243,7 @@ def run_comparison(
     unique: dict[str, SearchTask] = {}
     for search in searches.values():  # two labels of the same settings are one search
         unique.setdefault(search.task.name, search.task)
-    # A ranking by MACs takes no time, a search does: the median of both would call every search hanging.
-    resources = replace(config.resources, timeout=config.resources.timeout or float("inf"))
-    outcome = run_tasks(list(unique.values()), RunStore(config.out / "runs"), resources, should_stop, progress)
+    outcome = run_tasks(list(unique.values()), RunStore(config.out / "runs"), config.resources, should_stop, progress)
     runs = tuple(
         describe_run(label, budget, seed, search.ranked(outcome.results[search.task.name].result), space, truth)
         for (budget, label, seed), search in searches.items()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import tyro
 
+from bmsn.accuracy_table import pareto_lines
 from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.retraining import RetrainConfig, Retraining, run_retraining
 
@@ -53,9 +54,10 @@ def to_table(retraining: Retraining) -> str:
             distance = f"{alone.accuracy_mean - default:+.2f}"
         lines.append(
             f"{alone.architecture!s:<{width}}{alone.accuracy_text:>17}{distance:>12}{alone.n:>10}"
-            f"{alone.macs_ratio:>7.2f}x{rank:>13}{'  default' if row.is_default else ''}"
+            f"{alone.macs_text:>9}{rank:>12}{'  default' if row.is_default else ''}"
         )
-    return "\n".join(lines)
+    note = pareto_lines([row.alone for row in rows])
+    return "\n".join([*lines, "", *note] if note else lines)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ def run_retraining(
     title = f"{space.name} trained alone on both halves of {images.spec}: " + describe(
         seeds, config.training, outcome.results
     )
-    columns = (*CSV_COLUMNS, "search_rank", "search_accuracy", "is_default")
+    columns = (*CSV_COLUMNS, "search_rank", "search_accuracy", "is_default", "pareto")
     write_csv(config.run / "retrain.csv", title, columns, [row.as_dict() for row in rows])
     return Retraining(rows=tuple(rows), failed=failures(tasks, outcome))
 

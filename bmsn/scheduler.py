@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -23,9 +23,10 @@ from bmsn.worker import Worker
 _LOG = logging.getLogger("bmsn.tasks")
 
 ATTEMPTS = 3
-# A task without `timeout` hangs after this many times the median of those finished here: the dearest architecture of a
-# space costs about 7 times the cheapest.
-HANG_FACTOR, HANG_SECONDS = 15, 60
+# A task without `timeout` hangs after this many times what it should take: the dearest architecture of a space costs
+# about 7 times the cheapest. Before it is trained, images are opened, which on a slow shared disk takes minutes.
+HANG_FACTOR, HANG_SECONDS = 15, 600
+START_SECONDS = 600  # for a process to start: it imports torch, perhaps from such a disk
 _POLL_SECONDS = 1  # between looks at the clock, and at what other machines have finished
 
 
@@ -36,8 +37,11 @@ class Resources:
     Attributes:
         workers: processes; GPUs are given to them in turn, CPU cores are divided among them. With submitit: jobs.
         device: where to compute; auto: CUDA where there is a GPU.
-        timeout: seconds that one network may take before it counts as hanging; None: 15 times the median of those
-            finished so far, at least a minute (none, until one is finished).
+        timeout: seconds that one network or search may take before it counts as hanging; None: 15 times the median of
+            those finished so far, also before a restart or by others in the folder (of searches: those that differ in
+            the seed alone), or 15 times what it takes at its own speed where that is more; at least ten minutes. Until
+            one is finished its own speed alone tells: there is then no limit on what comes before its second report of
+            progress and after its training. In any case a process has ten minutes to start.
         executor: processes on this machine, or jobs of a Slurm cluster.
         slurm: what submitit is told about the jobs, as timeout_min=600,gpus_per_node=1,slurm_partition=long.
     """
@@ -81,10 +85,18 @@ class Outcome(Generic[R]):
 
 
 class Tally(Generic[W, R]):
-    """What is finished, and how long the rest takes at the speed so far; networks cost in proportion to their MACs."""
+    """What is finished, and how long the rest takes at the speed so far; networks cost in proportion to their MACs.
+
+    Attributes:
+        seconds: that finished tasks took, by kind.
+    """
 
     def __init__(self, tasks: Sequence[W], store: Store[W, R]) -> None:
         self.tasks, self.results = tasks, {t.name: r for t in tasks if (r := store.result(t)) is not None}
+        self.seconds: defaultdict[str, list[float]] = defaultdict(list)
+        for task in tasks:
+            if task.name in self.results:
+                self.seconds[task.kind].append(self.results[task.name].seconds)
         self._macs = sum(task.macs for task in tasks)
         self._done = self._done_before = sum(task.macs for task in tasks if task.name in self.results)
         self._started = time.monotonic()
@@ -95,6 +107,7 @@ class Tally(Generic[W, R]):
 
     def add(self, task: W, result: R) -> None:
         self.results[task.name] = result
+        self.seconds[task.kind].append(result.seconds)
         self._done += task.macs
         _LOG.info("%d of %d: %s: %s", len(self.results), len(self.tasks), task.label, result.summary)
 
@@ -152,7 +165,7 @@ class _Scheduler(Generic[W, R]):
         self.queue = self.tally.missing
         self.failed: dict[str, str] = {}
         self.attempts: Counter[str] = Counter()
-        self.seconds: list[float] = []  # of tasks finished here
+        self.has_started = False  # any process
         self.touched = time.monotonic()
         places = min(resources.workers, len(self.queue))
         # By all tasks, not by those that are left: a run that was killed goes on with as many threads as before.
@@ -186,10 +199,10 @@ class _Scheduler(Generic[W, R]):
             if worker.connection in ready:
                 self._listen(worker)
         now = time.monotonic()
-        limit = time_limit(self.timeout, self.seconds)
         for worker in self.workers:
-            if worker.task is not None and now - worker.since > limit:
-                self._fail(worker, f"hung: no result after {limit:.0f} s")
+            if worker.task is not None and now - worker.since > (limit := self._limit(worker, worker.task)):
+                what = "no result after" if worker.is_ready else "its process did not start within"
+                self._fail(worker, f"hung: {what} {limit:.0f} s")
         if now - self.touched > TOUCH_SECONDS:
             self.store.touch(worker.task for worker in self.workers if worker.task is not None)
             self.touched = now
@@ -199,6 +212,15 @@ class _Scheduler(Generic[W, R]):
             worker.stop()
             if worker.task is not None:
                 self.store.release(worker.task)
+
+    def _limit(self, worker: Worker[W], task: W) -> float:
+        """Seconds that the worker may take for what it does: its start, or its task."""
+        if not worker.is_ready:
+            return START_SECONDS
+        seconds = self.tally.seconds[task.kind]
+        if not seconds and worker.share == 1:  # a search scores now: the pace of its training does not say how long
+            return time_limit(self.timeout, [])
+        return time_limit(self.timeout, seconds, worker.pace)
 
     def _claim_next(self) -> W | None:
         """The first task that nobody has; those found finished by others are entered on the way."""
@@ -231,11 +253,11 @@ class _Scheduler(Generic[W, R]):
         match kind:
             case "ready":
                 worker.is_ready, worker.since = True, time.monotonic()
+                self.has_started = True
             case "share":
-                worker.share = content
+                worker.report(content)
             case "done":
                 assert task is not None
-                self.seconds.append(time.monotonic() - worker.since)
                 self.store.write(task, content)
                 self.store.release(task)
                 self.tally.add(task, content)
@@ -257,14 +279,25 @@ class _Scheduler(Generic[W, R]):
         self.attempts[task.name] += 1
         attempt = self.attempts[task.name]
         _LOG.warning("%s: attempt %d of %d failed: %s", task.label, attempt, ATTEMPTS, reason)
+        if attempt == ATTEMPTS and not self.has_started:
+            raise RunStopped(f"{reason}, nor did any other")
         if final or attempt == ATTEMPTS:
             self.failed[task.name] = reason
         else:
             self.queue.append(task)
 
 
-def time_limit(timeout: float | None, seconds: Sequence[float]) -> float:
-    """Seconds after which a task counts as hanging, from those that finished ones took."""
+def time_limit(timeout: float | None, seconds: Sequence[float], pace: float | None = None) -> float:
+    """Seconds after which a task counts as hanging; infinite where nothing tells.
+
+    Args:
+        timeout: what was asked for; None: what the rest says.
+        seconds: that finished ones of its kind took.
+        pace: seconds that it takes as a whole at its own speed: it may run on a slower machine than those.
+    """
     if timeout is not None:
         return timeout
-    return max(HANG_SECONDS, HANG_FACTOR * statistics.median(seconds)) if seconds else math.inf
+    expected = [statistics.median(seconds)] if seconds else []
+    if pace is not None:
+        expected.append(pace)
+    return max(HANG_SECONDS, HANG_FACTOR * max(expected)) if expected else math.inf

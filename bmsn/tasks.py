@@ -98,6 +98,10 @@ class Result(Protocol):
     """What any finished task left behind."""
 
     @property
+    def seconds(self) -> float:
+        """That it took."""
+
+    @property
     def summary(self) -> str:
         """For a line of progress."""
 
@@ -116,6 +120,10 @@ class Work(Protocol):
     @property
     def macs(self) -> int:
         """What its time is about proportional to."""
+
+    @property
+    def kind(self) -> str:
+        """Tasks of one kind take equally long on one device, give or take a factor of 7."""
 
     def perform(self, place: Place, progress: Callable[[float], None]) -> Any:
         """Does it and returns its result; `progress` takes the share that is done."""
@@ -173,6 +181,10 @@ class Task:
         """Multiply-accumulates for one image: what its training time is about proportional to."""
         space, architecture = self.opened_space()
         return path_macs(space, as_path(space, architecture))
+
+    @property
+    def kind(self) -> str:
+        return "network"
 
     def perform(self, place: Place, progress: Callable[[float], None]) -> TaskResult:
         space, architecture = self.opened_space()

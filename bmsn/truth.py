@@ -28,9 +28,11 @@ class GroundTruthConfig:
         data: images as scheme:path. Of synthetic data each seed has images of its own: the truth is about the kind of
             images, not about one draw of them.
         pool: how a layer downsamples; None: as the space says.
-        seeds: networks of each architecture, with seeds of their own.
+        seeds: networks of each architecture, with seeds of their own. The table is over these seeds, whatever others
+            the folder holds.
         first_seed: the smallest of the seeds.
-        out: folder; other processes and machines may work in the same one.
+        out: folder; other processes and machines may work in the same one, and files of its folder tasks may be copied
+            here from another.
         training: how each network is trained, on all training images.
         resources: what they are trained on.
     """
@@ -78,7 +80,8 @@ def run_ground_truth(
     """Trains every architecture alone and writes `out`/ground_truth.csv, which a search reads with `truth`.
 
     Killed at any moment, the same call goes on; several processes and machines may make the same call with the same
-    folder. The results of each network are in `out`/tasks.
+    folder. The results of each network are in `out`/tasks; the table is over the seeds of the call alone, also where
+    the folder holds others, or had a table of them.
 
     Source: Javan et al. 2023, section 3.1 and table 6.
 
@@ -111,7 +114,8 @@ def run_ground_truth(
         failed=failures(tasks, outcome),
     )
     title = f"{space.name} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
-    write_csv(config.out / "ground_truth.csv", title, CSV_COLUMNS, [row.as_dict() for row in truth.rows])
+    columns = (*CSV_COLUMNS, "pareto")
+    write_csv(config.out / "ground_truth.csv", title, columns, [row.as_dict() for row in truth.rows])
     return truth
 
 

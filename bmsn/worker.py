@@ -6,7 +6,6 @@ It is spawned, never forked (OpenMP), has a device and its share of the cores, a
 from __future__ import annotations
 
 import contextlib
-import math
 import multiprocessing
 import os
 import signal
@@ -32,7 +31,8 @@ class Worker(Generic[W]):
         connection: where its messages come from; None: it does not run.
         task: what it does; None: nothing.
         share: of the task that is done, in [0, 1].
-        since: `time.monotonic()` when it began the task; infinite while the process is starting.
+        pace: seconds that the whole task takes at the speed between its first report and its last; None: unknown.
+        since: `time.monotonic()` when it began the task, or to start where it has not.
         is_ready: whether it has started.
 
     Args:
@@ -45,7 +45,9 @@ class Worker(Generic[W]):
         self._process: BaseProcess | None = None
         self.connection: Connection | None = None
         self.task: W | None = None
-        self.share, self.since, self.is_ready = 0.0, math.inf, False
+        self.share, self.since, self.is_ready = 0.0, 0.0, False
+        self.pace: float | None = None
+        self._first_report: tuple[float, float] | None = None  # time and share: a search may go on where another was
 
     def begin(self, task: W) -> None:
         if self.connection is None:
@@ -56,10 +58,19 @@ class Worker(Generic[W]):
             self._process.start()
             theirs.close()  # so that reading ends when the process does
             self.is_ready = False
-        self.task, self.share = task, 0.0
-        self.since = time.monotonic() if self.is_ready else math.inf
+        self.task, self.since = task, time.monotonic()
+        self.share, self.pace, self._first_report = 0.0, None, None
         with contextlib.suppress(OSError):  # it has just ended: `receive` says so
             self.connection.send(task)
+
+    def report(self, share: float) -> None:
+        """Notes the share of the task that is done, and the pace that it tells."""
+        now = time.monotonic()
+        if self._first_report is None:
+            self._first_report = now, share
+        elif share > self._first_report[1]:
+            self.pace = (now - self._first_report[0]) / (share - self._first_report[1])
+        self.share = share
 
     def receive(self) -> tuple[str, Any]:
         """The next message: its kind and content.

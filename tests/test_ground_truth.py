@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import os
+import shutil
 import signal
 import sys
 import time
@@ -94,6 +95,11 @@ def test_the_table_holds_what_the_networks_reach(finished):
         torch.set_num_threads(threads)
     rows = table(folder)
     assert [row["stage_depths"] for row in rows] == [a.slug for a in SPACE]
+    accuracy, macs = (np.array([float(row[name]) for row in rows]) for name in ("accuracy_mean", "macs"))
+    beaten = [
+        np.any((accuracy >= a) & (macs <= m) & ((accuracy > a) | (macs < m)))
+        for a, m in zip(accuracy, macs, strict=True)
+    ]
     assert rows[3] == {
         "stage_depths": "1-4-2",
         "accuracy_mean": f"{np.mean(alone):.3f}",
@@ -102,11 +108,19 @@ def test_the_table_holds_what_the_networks_reach(finished):
         "macs": str(SPACE.macs(SPACE[3], num_classes=4)),
         "macs_ratio": f"{SPACE.macs(SPACE[3], num_classes=4) / SPACE.macs(SPACE.default, num_classes=4):.3f}",
         "parameters": str(sum(p.numel() for p in bmsn.build_network(SPACE, SPACE[3], 4).parameters())),
+        "pareto": str(not beaten[3]),
     }
+    assert [row["pareto"] for row in rows] == [str(not each) for each in beaten]
     truth = load_truth(str(folder / "ground_truth.csv"), SPACE)
     assert len(truth) == 15
     line = next(line for line in printed.splitlines() if line.startswith("[1,4,2]"))
-    assert line.split()[1:] == [f"{np.mean(alone):.2f}", "±", f"{np.std(alone, ddof=1):.2f}", "2", "0.73x"]
+    assert line.split()[1:] == [
+        f"{np.mean(alone):.2f}",
+        "±",
+        f"{np.std(alone, ddof=1):.2f}",
+        "2",
+        "0.73x" if beaten[3] else "0.73x*",
+    ]
     assert truth[3] == pytest.approx(np.mean(alone), abs=1e-3)
     assert "tau-b of a ranking by MACs alone" in printed
     assert "seeds 0 to 1, 2 epochs, batch 16" in (folder / "ground_truth.csv").read_text().splitlines()[0]
@@ -120,6 +134,35 @@ def test_what_is_finished_is_not_done_again(finished, flags):
     assert run(*command(folder, flags)) == (0, printed, "")
     assert len(trained(folder)) == begun
     assert len(list((folder / "tasks").glob("*.json"))) == 30
+
+
+def test_the_table_is_over_the_seeds_that_the_command_names(finished, flags, tmp_path, monkeypatch):
+    """Two machines with a seed each, whose results are copied into one folder: no network is trained again."""
+
+    def copy_tasks(pattern: str, source: Path, to: Path) -> None:
+        (to / "tasks").mkdir(parents=True, exist_ok=True)
+        for path in (source / "tasks").glob(pattern):
+            shutil.copy(path, to / "tasks")
+
+    def ground_truth(folder: Path, *seeds: str) -> str:
+        assert main([*flags, "--out", str(folder), *seeds]) == 0
+        return (folder / "ground_truth.csv").read_text()
+
+    whole = (finished[0] / "ground_truth.csv").read_text()
+    monkeypatch.setattr("bmsn.worker.Worker.begin", lambda worker, task: pytest.fail(f"{task.label} is trained"))
+    one, other = tmp_path / "one", tmp_path / "other"
+    copy_tasks("*-seed0-*.json", finished[0], one)
+    copy_tasks("*-seed1-*.json", finished[0], other)
+    ground_truth(one, "--seeds", "1")
+    second = ground_truth(other, "--first-seed", "1", "--seeds", "1")
+    assert {row["n"] for row in table(one)} == {row["n"] for row in table(other)} == {"1"}
+    for a, b, both in zip(table(one), table(other), table(finished[0]), strict=True):
+        mean = (float(a["accuracy_mean"]) + float(b["accuracy_mean"])) / 2
+        assert float(both["accuracy_mean"]) == pytest.approx(mean, abs=1e-3)
+    assert "seeds 1 to 1, " in second.splitlines()[0]
+    copy_tasks("*.json", one, other)
+    assert ground_truth(other, "--first-seed", "1", "--seeds", "1") == second
+    assert ground_truth(other, "--seeds", "2") == whole
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(finished, flags, tmp_path):

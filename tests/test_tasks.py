@@ -119,11 +119,13 @@ def test_images_of_another_content_are_refused(tmp_path):
         images.open(bmsn.SearchSpace.named("resnet14-cifar10"))
 
 
-def test_a_task_hangs_after_15_times_the_median_and_a_minute():
-    assert time_limit(7.5, [1000.0]) == 7.5
+def test_a_task_hangs_after_15_times_what_it_should_take_and_ten_minutes():
+    assert time_limit(7.5, [1000.0], pace=1000.0) == 7.5
     assert time_limit(None, []) == math.inf
-    assert time_limit(None, [0.5, 1.0, 9.0]) == 60
-    assert time_limit(None, [10.0, 1000.0, 20.0]) == 300
+    assert time_limit(None, [0.5, 1.0, 9.0], pace=30.0) == 600
+    assert time_limit(None, [100.0, 10000.0, 200.0]) == 3000
+    assert time_limit(None, [100.0], pace=200.0) == time_limit(None, [], pace=200.0) == 3000
+    assert time_limit(None, [200.0], pace=100.0) == 3000
 
 
 def test_time_left_is_in_proportion_to_macs(tmp_path, monkeypatch):
