@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -39,7 +40,14 @@ class ProgressLines:
         failed = f", {progress.failed} failed" if progress.failed else ""
         left = "" if progress.seconds_left is None else f", left {_clock(progress.seconds_left)}"
         line = f"{progress.finished} of {progress.total} {self._noun}{failed}; took {_clock(now - self._started)}{left}"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Prints on stderr, if anybody listens there: a closed terminal or a full disk costs a message, not a run."""
+    if sys.stderr is not None:  # print would take stdout instead
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
@@ -68,21 +76,33 @@ def run_command(program: str, run: Callable[[], tuple[str, Mapping[str, str]]]) 
     logging.getLogger("bmsn").setLevel(logging.INFO)
     try:
         text, failed = run()
-        print(text)
-        sys.stdout.flush()
     except Interrupted as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
+        say(f"{program}: {stopped}")
         return stopped.exit_code
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        say(f"{program}: error: {error}")
         return EXIT_INPUT
     except RunStopped as error:
-        print(f"{program}: stopped: {error}", file=sys.stderr)
+        say(f"{program}: stopped: {error}")
         return EXIT_STOPPED
-    except BrokenPipeError:
-        # The result is in a folder, if one was given; keep the interpreter from flushing into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_STDOUT_CLOSED
+    is_printed = _print_result(program, text)
     for label, reason in failed.items():
-        print(f"{program}: failed: {label}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
-    return EXIT_STOPPED if failed else 0
+        say(f"{program}: failed: {label}: {reason.strip().splitlines()[-1]}")
+    if failed:
+        return EXIT_STOPPED
+    return 0 if is_printed else EXIT_STDOUT_CLOSED
+
+
+def _print_result(program: str, text: str) -> bool:
+    """False where stdout takes nothing: then the result is in a folder, if one was given."""
+    if sys.stdout is None:
+        return False
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has seen enough
+            say(f"{program}: the result could not be printed: {error.strerror}")
+        # Keeps the interpreter from flushing again what is left in its buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
