@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from bmsn.command import run_command, until_signalled
+from bmsn.command import run_command, say, until_signalled
 from bmsn.config import SearchConfig
 from bmsn.config_files import load_config
 from bmsn.memory import keep_freed_memory
@@ -53,33 +55,41 @@ def _parse(arguments: Sequence[str], default: SearchConfig) -> Command:
 
 
 class Progress:
-    """Shows metrics records on stderr: one line that is rewritten on a terminal, a line every 10 s elsewhere."""
+    """Shows on stderr how far a search is: one line that is rewritten on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self) -> None:
-        self._terminal = sys.stderr.isatty()
-        self._shown = 0.0
+        self._terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = -math.inf
+        self._line_is_open = False
 
     def __call__(self, record: dict[str, Any]) -> None:
+        """Takes what `run_search` gives to its `progress`."""
         now = time.monotonic()
-        last = record["step"] == record["num_steps"]
+        scoring = "num_pairs" in record
+        last = record["step"] == record["num_steps"] and not scoring
         if not last and now - self._shown < (0.2 if self._terminal else 10):
             return
         self._shown = now
-        accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
-        minutes, seconds = divmod(round(record["seconds_left"]), 60)
-        line = (
-            f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  "
-            f"left {minutes}:{seconds:02d}  accuracy {accuracy}"
-        )
-        for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
-            if name in record:
-                line += f"  {label} {record[name]:.{digits}f}"
-        print(
-            f"\r\x1b[K{line}" if self._terminal else line,
-            end="\n" if last or not self._terminal else "",
-            file=sys.stderr,
-            flush=True,
-        )
+        line = f"step {record['step']}/{record['num_steps']}  "
+        line += f"scoring {record['pairs_scored']} of {record['num_pairs']}" if scoring else _training_line(record)
+        say(f"\r\x1b[K{line}" if self._terminal else line, end="\n" if last or not self._terminal else "")
+        self._line_is_open = self._terminal and not last
+
+    def close(self) -> None:
+        """Ends a line that would be rewritten."""
+        if self._line_is_open:
+            say("")
+            self._line_is_open = False
+
+
+def _training_line(record: dict[str, Any]) -> str:
+    accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
+    minutes, seconds = divmod(round(record["seconds_left"]), 60)
+    line = f"{record['images_per_second']:.0f} images/s  left {minutes}:{seconds:02d}  accuracy {accuracy}"
+    for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
+        if name in record:
+            line += f"  {label} {record[name]:.{digits}f}"
+    return line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,8 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.print_config:
             return yaml.safe_dump(command.search.filled().as_dict(), sort_keys=False).rstrip(), {}
         keep_freed_memory()
-        result = until_signalled(lambda stop: run_search(command.search, should_stop=stop, progress=Progress()))
-        return result.to_table(), {}
+        with contextlib.closing(Progress()) as progress:
+            result = until_signalled(lambda stop: run_search(command.search, should_stop=stop, progress=progress))
+        out = command.search.out
+        is_kept = out is None or (out / "result.json").is_file()
+        return result.to_table(), {} if is_kept else {
+            str(out): "not finished: --resume writes the result that is above"
+        }
 
     return run_command(PROGRAM, run)
 
