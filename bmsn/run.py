@@ -138,15 +138,19 @@ def _search(
     last_record: dict[str, Any] = {"kind": "step", "accuracy": None}
 
     def write(record: dict[str, Any]) -> None:
-        nonlocal last_record
+        nonlocal last_record, board
         if metrics is not None:
             metrics.write(record)
         if record["kind"] == "step":
             last_record = record
-            if board is not None:
+        if record["kind"] == "step" and board is not None:
+            try:
                 for name, value in record.items():
                     if isinstance(value, float) and name != "train_seconds":
                         board.add_scalar(name, value, record["step"])
+            except OSError as error:  # a full disk: metrics.jsonl has it all
+                _log.warning("step %d: TensorBoard gets no more, training goes on: %s", loop.step, error)
+                board = None
 
     def stop_if_asked(place: str = "") -> None:
         if should_stop():

@@ -387,6 +387,23 @@ def test_a_result_that_cannot_be_written_is_printed(spec, name, monkeypatch, tmp
     assert (out / "result.json").exists()
 
 
+def test_a_full_disk_ends_what_tensorboard_gets(spec, monkeypatch, tmp_path, caplog):
+    class Writer:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, value, step):
+            assert step <= 3
+            if step == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    search(spec, tensorboard=True, out=tmp_path / "run", fast_eval=True)
+    assert "step 3: TensorBoard gets no more, training goes on: [Errno 28] No space left on device" in caplog.text
+    assert (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_closed_stderr_costs_nothing_but_messages(spec, tmp_path):
     command = [sys.executable, "-m", "bmsn.search", *tiny_flags(spec, epochs=1, fast_eval=True, out=tmp_path / "run")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
