@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from bmsn.errors import InputError, RunStopped
-from bmsn.progress import clock
+from bmsn.progress import clock, say
 from bmsn.run import Interrupted
 from bmsn.runfolder import SignalFlag
 from bmsn.scheduler import TaskProgress
@@ -40,7 +40,7 @@ class ProgressLines:
         failed = f", {progress.failed} failed" if progress.failed else ""
         left = "" if progress.seconds_left is None else f", left {clock(progress.seconds_left)}"
         line = f"{progress.finished} of {progress.total} {self._noun}{failed}; took {clock(now - self._started)}{left}"
-        print(line, file=sys.stderr, flush=True)
+        say(line)
 
 
 def until_signalled(run: Callable[[Callable[[], bool]], _T]) -> _T:
@@ -64,21 +64,33 @@ def run_command(program: str, run: Callable[[], tuple[str, Mapping[str, str]]]) 
     logging.getLogger("bmsn").setLevel(logging.INFO)
     try:
         text, failed = run()
-        print(text)
-        sys.stdout.flush()
     except Interrupted as stopped:
-        print(f"{program}: {stopped}", file=sys.stderr)
+        say(f"{program}: {stopped}")
         return stopped.exit_code
     except InputError as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        say(f"{program}: error: {error}")
         return EXIT_INPUT
     except RunStopped as error:
-        print(f"{program}: stopped: {error}", file=sys.stderr)
+        say(f"{program}: stopped: {error}")
         return EXIT_STOPPED
-    except BrokenPipeError:
-        # The result is in a folder, if one was given; keep the interpreter from flushing into the closed pipe again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_STDOUT_CLOSED
+    is_printed = _print_result(program, text)
     for label, reason in failed.items():
-        print(f"{program}: failed: {label}: {reason.strip().splitlines()[-1]}", file=sys.stderr)
-    return EXIT_STOPPED if failed else 0
+        say(f"{program}: failed: {label}: {reason.strip().splitlines()[-1]}")
+    if failed:
+        return EXIT_STOPPED
+    return 0 if is_printed else EXIT_STDOUT_CLOSED
+
+
+def _print_result(program: str, text: str) -> bool:
+    """False where stdout takes nothing: then the result is in a folder, if one was given."""
+    if sys.stdout is None:
+        return False
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has seen enough
+            say(f"{program}: the result could not be printed: {error.strerror}")
+        # Keeps the interpreter from flushing again what is left in its buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -66,6 +66,7 @@ def score_architectures(
     backend: str = "auto",
     max_bytes: int | None = None,
     calibration_images: Tensor | None = None,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """Counts the correctly classified images of every pair in one pass that computes each shared prefix once.
 
@@ -87,6 +88,8 @@ def score_architectures(
             workspace do not count. None: 1 GiB on a CPU, a quarter of what is free on a GPU, or one state's need if
             that is more.
         calibration_images: like `images`, for norm="calibrated" alone; usually from the training half.
+        after_batch: called after each batch that the plan takes, with the images that went through all pairs, each
+            counted once for each pair; on a GPU they may be under way still. What it raises ends the scoring.
     Returns:
         Scores, equal to `score_one_by_one`'s in float64, and but for rounding ties in float32 and bfloat16. A supernet
         with weights that are not finite is scored by its NaN logits, and a warning is logged that names it.
@@ -104,7 +107,10 @@ def score_architectures(
         norm = calibrate(mixture, calibration_images, pairs, images.dtype, backend, max_bytes)
     elif not isinstance(norm, Norm):
         norm = Norm()
-    correct = _run_plan(mixture, images, labels, batch_size, norm, pairs=pairs, backend=backend, max_bytes=max_bytes)
+    correct = _run_plan(
+        mixture, images, labels, batch_size, norm,
+        pairs=pairs, backend=backend, max_bytes=max_bytes, after_batch=after_batch,
+    )  # fmt: skip
     return Scores(pairs, correct.cpu(), len(images))
 
 
@@ -140,7 +146,12 @@ def calibrate(
 
 @torch.no_grad()
 def score_one_by_one(
-    mixture: SupernetMixture, images: Tensor, labels: Tensor, pairs: Sequence[Pair] | None = None, batch_size: int = 256
+    mixture: SupernetMixture,
+    images: Tensor,
+    labels: Tensor,
+    pairs: Sequence[Pair] | None = None,
+    batch_size: int = 256,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> Scores:
     """The oracle of `score_architectures`, same arguments: every pair alone, by the mixture's `forward`."""
     pairs = all_pairs(mixture) if pairs is None else tuple(pairs)
@@ -150,6 +161,7 @@ def score_one_by_one(
         for start in range(0, len(images), batch_size):
             logits = mixture(images[start : start + batch_size], architecture, supernet)
             correct[index] += (logits.argmax(1) == labels[start : start + batch_size]).sum().cpu()
+            after_batch(len(logits))
     return Scores(pairs, correct, len(images))
 
 
@@ -262,6 +274,7 @@ def _run_plan(
     pairs: Sequence[Pair],
     backend: str,
     max_bytes: int | None,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """Each pair's correct classifications, (len(pairs),) int64 on the images' device."""
     plan = make_plan(mixture, images, pairs, batch_size=batch_size, max_bytes=max_bytes)
@@ -277,4 +290,5 @@ def _run_plan(
         groups = 1 if norm.is_frozen else max(1, batches)
         run_batches(plan, weights, memory, batch, groups, labels[start : start + size], correct, norm, backend)
         start += size
+        after_batch(size * len(pairs))
     return correct

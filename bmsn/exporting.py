@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from bmsn.errors import InputError
 from bmsn.exporting_files import check_free, check_installed, write_network
 from bmsn.exporting_network import describe_architecture, describe_space
@@ -110,7 +112,8 @@ def run_export(config: ExportConfig) -> Export:
         images=Images(spec=result.config["data"], generator_seed=None, fingerprint=result.data["fingerprint"]),
         device=resolve_device(config.device),
     )  # fmt: skip
-    with without_tf32(source.device):
+    # Networks are built to be filled with weights: what they draw before is not to come from the caller's random state.
+    with without_tf32(source.device), torch.random.fork_rng(devices=[]):
         if config.from_supernet:
             network, data, described = untrained(source, config.supernet, config.calibration)
         else:

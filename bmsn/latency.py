@@ -96,12 +96,13 @@ def measure_latency(
     chosen = list(space) if architectures is None else list(architectures)
     where = resolve_device(device)
     dtype = compute_dtype(where)
-    networks = _networks(space, chosen, num_classes, in_channels, where, dtype)
+    with torch.random.fork_rng(devices=[]):  # building draws weights, and torch's random state belongs to the caller
+        networks = _networks(space, chosen, num_classes, in_channels, where, dtype)
     size = image_size or space.image_size
     times: dict[str, dict[int, tuple[float, float, float]]] = {a.slug: {} for a in chosen}
     spread = {}
     for batch_size in batch_sizes:
-        images = torch.rand(batch_size, in_channels, size, size, device=where, dtype=dtype)
+        images = torch.rand(batch_size, in_channels, size, size, generator=torch.Generator()).to(where, dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         measured = _rounds(networks, images, rounds)  # (A, rounds) seconds
         quartiles = 1000 * np.quantile(measured, [0.25, 0.5, 0.75], axis=1).T

@@ -24,6 +24,7 @@ from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import Scores
 from bmsn.methods.base import Cost
 from bmsn.methods.problem import Problem
+from bmsn.network import check_group
 from bmsn.racing import Race
 from bmsn.rank_rules import IN_WORDS
 from bmsn.ranking import rank_architectures, record_scores, rules_against_truth
@@ -44,6 +45,8 @@ class SearchLoop:
         config: settings; missing ones are filled in.
         data: images; the training part is split into a training and a validation half, the test part is not looked at.
         write: called with each metrics record (a dict with "step" and "kind").
+    Attributes:
+        scored: called after each batch of a scoring with how many pairs are scored, and of how many; it may raise.
     Raises:
         InputError: settings that do not fit the method, the space or the data.
     """
@@ -53,6 +56,7 @@ class SearchLoop:
     ) -> None:
         self.config = config = config.filled()
         self.data, self.write = data, write
+        self.scored: Callable[[int, int], None] = lambda scored, total: None
         self.space = SearchSpace.named(config.space, pool=config.pool)
         method = methods.get(config.method)
         if data.image_size % self.space.total_stride:
@@ -106,17 +110,29 @@ class SearchLoop:
             macs=tuple(self.macs[a.index] for a in self.searched),
         )
         self.method = method(self.problem)
+        last_group = len(self.validation) % config.batch_size
+        if last_group and self.method.pairs():  # else nothing is scored
+            try:
+                check_group(self.space, last_group, data.image_size, data.image_size)
+            except InputError as error:
+                raise InputError(
+                    f"batch_size must not leave the last {last_group} of {len(self.validation)} validation images to "
+                    f"be scored by themselves; got {config.batch_size}: {error}"
+                ) from error
         self.step = 0
         self.nan_steps = self.nan_in_a_row = 0
         self.train_seconds = 0.0
         self._snapshots = {round(k * self.num_steps / NUM_SNAPSHOTS) for k in range(1, NUM_SNAPSHOTS + 1)}
         self._every = max(1, min(50, self.num_steps // 20))
         self._recent: list[tuple[float, float | None]] = []  # (loss, accuracy) since the last record
+        self._ranking_is_due = False  # of `score_every`, at this step: a scoring that was stopped is done again
 
     # One step. --------------------------------------------------------------------------------------------------------
 
     def advance(self) -> None:
         """One step of the method or more, and their metrics."""
+        if self._ranking_is_due:
+            self._write_ranking()
         start = time.perf_counter()
         for outcome in self.method.steps(self.step, self._next_look()):
             if math.isfinite(outcome.loss):
@@ -165,16 +181,27 @@ class SearchLoop:
                 self.write({"step": step, **snapshot})
         every = self.config.score_every * self.steps_per_epoch
         if every and step % every == 0 and step < self.num_steps:
-            scores = self.score()
-            ranked = self.rank(scores)
-            values = {row.architecture.slug: row.rank_value for row in ranked if row.rank_value is not None}
-            self.write({
-                "kind": "ranking", "step": step, "epoch": step // self.steps_per_epoch,
-                "best": ranked[0].architecture.slug,
-                "accuracy": {row.architecture.slug: row.accuracy for row in ranked},
-                "supernet": {row.architecture.slug: row.supernet for row in ranked},
-                "truth": self.against_truth(ranked, scores), "cost": self.method.cost.as_dict(),
-            } | ({"rank_value": values} if values else {}))  # fmt: skip
+            self._ranking_is_due = True
+            self._write_ranking()
+
+    def _write_ranking(self) -> None:
+        scores = self.score()
+        ranked = self.rank(scores)
+        values = {row.architecture.slug: row.rank_value for row in ranked if row.rank_value is not None}
+        self.write({
+            "kind": "ranking", "step": self.step, "epoch": self.step // self.steps_per_epoch,
+            "best": ranked[0].architecture.slug,
+            "accuracy": {row.architecture.slug: row.accuracy for row in ranked},
+            "supernet": {row.architecture.slug: row.supernet for row in ranked},
+            "truth": self.against_truth(ranked, scores), "cost": self.method.cost.as_dict(),
+        } | ({"rank_value": values} if values else {}))  # fmt: skip
+        self._ranking_is_due = False
+
+    @property
+    def recent_accuracy(self) -> float | None:
+        """Mean over the validation batches since the last record of kind "step"; None: there was none."""
+        accuracies = [accuracy for _, accuracy in self._recent if accuracy is not None]
+        return sum(accuracies) / len(accuracies) if accuracies else None
 
     # Scoring and ranking. ---------------------------------------------------------------------------------------------
 
@@ -194,6 +221,14 @@ class SearchLoop:
         watching = self.step < self.num_steps
         if config.race and not watching:
             pairs.sort(key=lambda pair: order.index(pair[0].index))
+        images_done, num_images = 0, max(1, len(self.validation))
+
+        def after_batch(images: int) -> None:
+            nonlocal images_done
+            images_done += images
+            self.scored(min(images_done // num_images, len(pairs)), len(pairs))  # a method may score paths besides
+
+        self.method.after_batch = after_batch
         return self.method.score(pairs, watching=watching)
 
     def record(self, scores: Scores | Race) -> dict[str, Any]:
@@ -246,8 +281,8 @@ class SearchLoop:
         return {
             "step": self.step, "method": self.method.state_dict(), "cost": self.method.cost.as_dict(),
             "nan_steps": self.nan_steps, "nan_in_a_row": self.nan_in_a_row,
-            "recent": [list(pair) for pair in self._recent], "train_seconds": self.train_seconds,
-            "data_fingerprint": self.data.fingerprint,
+            "recent": [list(pair) for pair in self._recent], "ranking_is_due": self._ranking_is_due,
+            "train_seconds": self.train_seconds, "data_fingerprint": self.data.fingerprint,
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -262,4 +297,5 @@ class SearchLoop:
         self.step = state["step"]
         self.nan_steps, self.nan_in_a_row = state["nan_steps"], state["nan_in_a_row"]
         self._recent = [(loss, accuracy) for loss, accuracy in state["recent"]]
+        self._ranking_is_due = state.get("ranking_is_due", False)  # absent from older checkpoints
         self.train_seconds = state["train_seconds"]

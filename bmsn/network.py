@@ -192,11 +192,15 @@ def check_images(mixture: SupernetMixture, images: Tensor) -> None:
         )
     if images.dtype not in (torch.float32, torch.bfloat16, torch.float64):
         raise InputError(f"images must be float32, bfloat16 or float64; got {images.dtype}")
-    pixels = images.shape[0] * (images.shape[2] // stride) * (images.shape[3] // stride)
+    check_group(mixture.space, images.shape[0], images.shape[2], images.shape[3])
+
+
+def check_group(space: SearchSpace, num_images: int, height: int, width: int) -> None:
+    """Raise InputError unless so many images of that size are enough for batch statistics of every layer."""
+    pixels = num_images * (height // space.total_stride) * (width // space.total_stride)
     if pixels < 2:
         raise InputError(
-            f"a statistics group needs at least 2 values a channel; "
-            f"the last map of {images.shape[0]} images has {pixels}"
+            f"a statistics group needs at least 2 values a channel; the last map of {num_images} images has {pixels}"
         )
 
 
@@ -305,6 +309,9 @@ def build_network(
     space: SearchSpace, architecture: Architecture, num_classes: int = 10, in_channels: int = 3
 ) -> nn.Sequential:
     """The standalone network: plain torch modules, affine BatchNorm with running statistics, Kaiming fan-out weights.
+
+    The weights are drawn from torch's global random state, as those of all its modules: `torch.manual_seed` decides
+    them.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes). Children: `stem` (large stems only),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -19,8 +20,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def print_line(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def say(text: str, end: str = "\n") -> None:
+    """Prints on stderr, if anybody listens there: a closed terminal or a full disk costs a message, not a run."""
+    if sys.stderr is not None:  # print would take stdout instead
+        with contextlib.suppress(OSError):
+            print(text, end=end, file=sys.stderr, flush=True)
 
 
 class StatusLine:
@@ -31,8 +35,8 @@ class StatusLine:
         shown: when there was a line last, by `time.monotonic`; the next one is due 0.2 s (elsewhere 10 s) later.
     """
 
-    def __init__(self, write: Callable[[str], None] = print_line, shown: float = float("-inf")) -> None:
-        self.terminal = sys.stderr.isatty()
+    def __init__(self, write: Callable[[str], None] = say, shown: float = float("-inf")) -> None:
+        self.terminal = sys.stderr is not None and sys.stderr.isatty()
         self._write, self._shown, self._open = write, shown, False
 
     @property
@@ -42,7 +46,7 @@ class StatusLine:
     def show(self, line: str) -> None:
         self._shown = time.monotonic()
         if self.terminal:
-            print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+            say(f"\r\x1b[K{line}", end="")
             self._open = True
         else:
             self._write(line)
@@ -50,7 +54,7 @@ class StatusLine:
     def end(self, keep: bool) -> None:
         """Keeps what stands on the terminal, or clears it; what is written next has a line of its own."""
         if self._open:
-            print("\n" if keep else "\r\x1b[K", end="", file=sys.stderr, flush=True)
+            say("\n" if keep else "\r\x1b[K", end="")
             self._open = False
 
 

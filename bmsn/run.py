@@ -50,11 +50,15 @@ def run_search(
     Args:
         config: settings; with `out`, the run is kept in that folder and can be resumed.
         data: the images; None: what `config.data` names.
-        should_stop: asked after every step; True saves the state and raises Interrupted.
-        progress: called with every training record of metrics.jsonl, and `num_steps`, `images_per_second`,
-            `seconds_left`.
+        should_stop: asked after every step, and after every batch of a scoring; True saves the state and raises
+            Interrupted.
+        progress: called as often with what is known without waiting: `step`, `num_steps`, `accuracy` (mean over the
+            validation batches since the last training record of metrics.jsonl; None: there was none),
+            `images_per_second`, `seconds_left` and the other fields of that record; while scoring also `pairs_scored`
+            and `num_pairs`.
     Returns:
-        The result; with `resume` on a finished run, the stored one.
+        The result; with `resume` on a finished run, the stored one. Where its files cannot be written (disk full, ...)
+        a warning is logged, the run stays unfinished, and `resume` writes them.
     Raises:
         InputError: settings, data or run folder that cannot be used; found before the first step where it can be.
         RunStopped: 20 losses in a row that are not finite, a balance that cannot be solved, or no memory left; the last
@@ -71,13 +75,14 @@ def run_search(
             folder = RunFolder.resume(settings.out, settings.as_dict(), ignore=_NOT_COMPARED)
             if folder.is_finished:
                 return SearchResult.from_json(folder.result_path.read_text(), str(folder.result_path))
+        board = _tensorboard_writer() if settings.tensorboard else None
         images = _open(settings) if data is None else data
         with out_of_memory_said(lambda: "before the first step", resolve_device(settings.device)):
             loop = SearchLoop(settings, images)
         if settings.out is not None and folder is None:  # only now: bad input leaves no folder behind
             folder = RunFolder.create(settings.out, settings.as_dict())
         with out_of_memory_said(lambda: _place(loop), loop.device):
-            return _search(loop, folder, should_stop, progress, started)
+            return _search(loop, folder, board, should_stop, progress, started)
     finally:
         if folder is not None:
             folder.close()
@@ -91,6 +96,7 @@ def _open(config: FilledConfig) -> ImageDataset:
 def _search(
     loop: SearchLoop,
     folder: RunFolder | None,
+    board_writer: type[Any] | None,
     should_stop: Callable[[], bool],
     progress: Callable[[dict[str, Any]], None],
     started: float,
@@ -128,32 +134,54 @@ def _search(
                 _log.warning("the checkpoint of step %d could not be written, training goes on: %s", loop.step, error)
 
     first, train_before = loop.step, loop.train_seconds
-    board = _tensorboard(config)
+    board = None if board_writer is None else board_writer(str(config.out))
+    last_record: dict[str, Any] = {"kind": "step", "accuracy": None}
 
     def write(record: dict[str, Any]) -> None:
+        nonlocal last_record, board
         if metrics is not None:
             metrics.write(record)
         if record["kind"] == "step":
-            per_step = (loop.train_seconds - train_before) / max(1, loop.step - first)
-            progress(record | {
-                "num_steps": loop.num_steps, "seconds_left": per_step * (loop.num_steps - loop.step),
-                "images_per_second": config.batch_size / per_step if per_step else 0.0,
-            })  # fmt: skip
-            if board is not None:
+            last_record = record
+        if record["kind"] == "step" and board is not None:
+            try:
                 for name, value in record.items():
                     if isinstance(value, float) and name != "train_seconds":
                         board.add_scalar(name, value, record["step"])
+            except OSError as error:  # a full disk: metrics.jsonl has it all
+                _log.warning("step %d: TensorBoard gets no more, training goes on: %s", loop.step, error)
+                board = None
 
-    loop.write = write
-    while loop.step < loop.num_steps:
+    def stop_if_asked(place: str = "") -> None:
         if should_stop():
-            save()
-            raise Interrupted(f"interrupted at step {loop.step} of {loop.num_steps}" + _how_to_go_on(config))
-        loop.advance()
-        if loop.step % config.checkpoint_every == 0 or loop.step == loop.num_steps:
-            save()
-    if should_stop():
-        raise Interrupted("interrupted before the final scoring" + _how_to_go_on(config))
+            raise Interrupted(f"interrupted {place}at step {loop.step} of {loop.num_steps}" + _how_to_go_on(config))
+
+    def show(**scored: int) -> None:
+        """Of what the host knows already, so that no device is waited for."""
+        per_step = (loop.train_seconds - train_before) / max(1, loop.step - first)
+        recent = loop.recent_accuracy
+        progress(last_record | {
+            "step": loop.step, "num_steps": loop.num_steps, "seconds_left": per_step * (loop.num_steps - loop.step),
+            "images_per_second": config.batch_size / per_step if per_step else 0.0,
+            "accuracy": last_record["accuracy"] if recent is None else recent,
+        } | scored)  # fmt: skip
+
+    def after_batch(pairs_scored: int, num_pairs: int) -> None:
+        show(pairs_scored=pairs_scored, num_pairs=num_pairs)
+        stop_if_asked("while scoring ")
+
+    loop.write, loop.scored = write, after_batch
+    try:
+        while loop.step < loop.num_steps:
+            stop_if_asked()
+            loop.advance()
+            show()
+            if loop.step % config.checkpoint_every == 0 or loop.step == loop.num_steps:
+                save()
+    except Interrupted:
+        save()
+        raise
+    stop_if_asked("before the final scoring ")
     score_started = time.perf_counter()
     scores = loop.score()
     ranked = loop.rank(scores)
@@ -186,9 +214,18 @@ def _search(
         notes=_notes(loop, scores),
     )
     if folder is not None:
-        write_atomically(folder.path / "ranking.csv", result.to_csv().encode())
-        write_atomically(folder.result_path, result.to_json().encode())
+        _write(result, folder)
     return result
+
+
+def _write(result: SearchResult, folder: RunFolder) -> None:
+    """Keeps the result; result.json comes last, for it says that the run is finished."""
+    for path, text in ((folder.path / "ranking.csv", result.to_csv()), (folder.result_path, result.to_json())):
+        try:
+            write_atomically(path, text.encode())
+        except OSError as error:  # a full disk must not cost what was computed: it is returned
+            _log.warning("%s: the result could not be written: %s", path, error.strerror)
+            return
 
 
 def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
@@ -222,11 +259,9 @@ def _how_to_go_on(config: SearchConfig) -> str:
     return "; nothing is kept without --out" if config.out is None else f"; go on with --resume --out {config.out}"
 
 
-def _tensorboard(config: SearchConfig) -> Any:
-    if not config.tensorboard:
-        return None
+def _tensorboard_writer() -> type[Any]:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise InputError("tensorboard needs the tensorboard package: pip install 'bmsn[tensorboard]'") from error
-    return SummaryWriter(str(config.out))
+    return SummaryWriter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,27 +54,37 @@ def _parse(arguments: Sequence[str], default: SearchConfig) -> Command:
 
 
 class Progress:
-    """Shows metrics records on stderr: one line that is rewritten on a terminal, a line every 10 s elsewhere."""
+    """Shows on stderr how far a search is: one line that is rewritten on a terminal, a line every 10 s elsewhere."""
 
     def __init__(self) -> None:
         self._line = StatusLine()
 
     def __call__(self, record: dict[str, Any]) -> None:
-        last = record["step"] == record["num_steps"]
+        """Takes what `run_search` gives to its `progress`."""
+        scoring = "num_pairs" in record
+        last = record["step"] == record["num_steps"] and not scoring
         if not last and not self._line.due:
             return
-        accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
-        minutes, seconds = divmod(round(record["seconds_left"]), 60)
-        line = (
-            f"step {record['step']}/{record['num_steps']}  {record['images_per_second']:.0f} images/s  "
-            f"left {minutes}:{seconds:02d}  accuracy {accuracy}"
+        line = f"step {record['step']}/{record['num_steps']}  "
+        self._line.show(
+            line + (f"scoring {record['pairs_scored']} of {record['num_pairs']}" if scoring else _training_line(record))
         )
-        for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
-            if name in record:
-                line += f"  {label} {record[name]:.{digits}f}"
-        self._line.show(line)
         if last:
-            self._line.end(keep=True)
+            self.close()
+
+    def close(self) -> None:
+        """Ends a line that would be rewritten."""
+        self._line.end(keep=True)
+
+
+def _training_line(record: dict[str, Any]) -> str:
+    accuracy = "-" if record["accuracy"] is None else f"{100 * record['accuracy']:.1f}%"
+    minutes, seconds = divmod(round(record["seconds_left"]), 60)
+    line = f"{record['images_per_second']:.0f} images/s  left {minutes}:{seconds:02d}  accuracy {accuracy}"
+    for name, label, digits in (("inverse_temperature", "1/tau", 1), ("entropy", "entropy", 3)):
+        if name in record:
+            line += f"  {label} {record[name]:.{digits}f}"
+    return line
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -84,8 +95,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command.print_config:
             return yaml.safe_dump(command.search.filled().as_dict(), sort_keys=False).rstrip(), {}
         keep_freed_memory()
-        result = until_signalled(lambda stop: run_search(command.search, should_stop=stop, progress=Progress()))
-        return result.to_table(), {}
+        with contextlib.closing(Progress()) as progress:
+            result = until_signalled(lambda stop: run_search(command.search, should_stop=stop, progress=progress))
+        out = command.search.out
+        is_kept = out is None or (out / "result.json").is_file()
+        return result.to_table(), {} if is_kept else {
+            str(out): "not finished: --resume writes the result that is above"
+        }
 
     return run_command(PROGRAM, run)
 

@@ -6,6 +6,7 @@ It is spawned, never forked (OpenMP), has a device and its share of the cores, a
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import signal
@@ -22,6 +23,8 @@ from bmsn.checkpoint import environment
 from bmsn.errors import InputError, RunStopped
 from bmsn.memory import keep_freed_memory
 from bmsn.tasks import Place, W, Work
+
+_SHARE_SECONDS = 1  # between two messages that say how much of a task is done
 
 
 class Worker(Generic[W]):
@@ -128,8 +131,16 @@ def _end_with_parent() -> None:
 
 def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any]:
     """The message that answers a task: done, input (bad input), stopped (would stop there again) or error."""
+    sent = -math.inf
+
+    def tell(share: float) -> None:
+        nonlocal sent
+        if time.monotonic() - sent >= _SHARE_SECONDS:  # a search reports every step
+            sent = time.monotonic()
+            connection.send(("share", share))
+
     try:
-        return "done", task.perform(place, lambda share: connection.send(("share", share)))
+        return "done", task.perform(place, tell)
     except InputError as error:
         return "input", str(error)
     except RunStopped as error:

@@ -23,11 +23,11 @@ from bmsn.space import SearchSpace
 TESTS = Path(__file__).parent
 
 
-def write_tiny_set(path: Path, num_images: int = 128, seed: int = 0) -> str:
+def write_tiny_set(path: Path, num_images: int = 128, seed: int = 0, size: int = 8) -> str:
     """Writes an npz file of noise whose mean tells the class; returns its spec."""
     rng = np.random.default_rng(seed)
     labels = np.arange(num_images) % 4
-    images = rng.integers(0, 120, (num_images, 8, 8, 3)) + 30 * labels[:, None, None, None]
+    images = rng.integers(0, 120, (num_images, size, size, 3)) + 30 * labels[:, None, None, None]
     np.savez(path, train_images=images.astype(np.uint8), train_labels=labels.astype(np.int64))
     return f"npz:{path}"
 

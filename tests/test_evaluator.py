@@ -476,3 +476,20 @@ def test_a_last_batch_with_one_value_a_channel_is_an_error():
     images = torch.randn(9, 3, 4, 4, dtype=torch.double)  # last map 1x1, last batch 1 image
     with pytest.raises(InputError, match="at least 2 values"):
         score_architectures(nets, images, torch.zeros(9, dtype=torch.long), pairs, batch_size=8)
+
+
+@pytest.mark.parametrize("score", [score_architectures, score_one_by_one])
+def test_a_callback_counts_what_is_done_and_can_end_it(score):
+    nets, images, labels, pairs = make_case("resnet14-cifar10")
+    done = []
+    score(nets, images, labels, pairs[:3], batch_size=5, after_batch=done.append)
+    assert done == ([15, 15, 6] if score is score_architectures else [5, 5, 2] * 3)
+
+    def stop(images):
+        done.append(images)
+        raise KeyError
+
+    done.clear()
+    with pytest.raises(KeyError):
+        score(nets, images, labels, pairs[:3], batch_size=5, after_batch=stop)
+    assert len(done) == 1

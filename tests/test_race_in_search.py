@@ -122,7 +122,7 @@ def test_those_dropped_rank_below_those_that_saw_everything(loop):
 
 
 def test_of_equal_counts_the_larger_moving_average_wins(loop, monkeypatch):
-    def equal(mixture, images, labels, pairs, batch_size):
+    def equal(mixture, images, labels, pairs, batch_size, after_batch):
         return Scores(tuple(pairs), torch.full((len(pairs),), 3), len(images))
 
     monkeypatch.setattr("bmsn.methods.supernet.score_one_by_one", equal)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from bmsn.checkpoint import CheckpointStore
+from bmsn.config import SearchConfig
+from bmsn.run import Interrupted, run_search
 from bmsn.runfolder import read_metrics
 from bmsn.search import main
 from searching import run, start, tiny_flags, write_tiny_set
@@ -90,6 +93,40 @@ def test_a_signal_saves_and_a_resume_goes_on(flags, undisturbed, tmp_path, numbe
     code, _, err = run("--resume", "--out", str(out))  # the stored settings are enough
     assert code == 0, err
     assert_same(outcome(out), outcome(undisturbed))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"fast_eval": True},
+        {"race": 3},
+        {"adapt": 1},
+        {"score_every": 1, "epochs": 2},
+        {"method": "spos-unshared-all", "supernets": 1},
+    ],
+    ids=lambda changes: " ".join(map(str, changes)) or "one by one",
+)
+def test_a_scoring_that_is_stopped_is_done_again(changes, flags, tmp_path):
+    settings: dict = dict(space="resnet14-cifar10", data=flags[flags.index("--data") + 1], supernets=2, epochs=1)
+    config = SearchConfig(**(settings | {"batch_size": 16, "device": "cpu"} | changes))
+    scored: list[int] = []
+
+    def progress(record: dict) -> None:
+        if "num_pairs" in record:
+            scored.append(record["pairs_scored"])
+            assert record["pairs_scored"] <= record["num_pairs"] == 15
+            assert record["step"] == 4
+
+    stop = replace(config, out=tmp_path / "stopped")
+    with pytest.raises(Interrupted, match=r"interrupted while scoring at step 4 of .; go on with --resume"):
+        run_search(stop, should_stop=lambda: bool(scored), progress=progress)
+    assert len(scored) == 1
+    results = [run_search(replace(stop, resume=True)), run_search(replace(config, out=tmp_path / "undisturbed"))]
+    assert results[0].ranking == results[1].ranking
+    assert results[0].scores == results[1].scores
+    assert results[0].cost == results[1].cost
+    assert_same(outcome(tmp_path / "stopped"), outcome(tmp_path / "undisturbed"))
 
 
 def test_a_finished_run_prints_its_result_again(undisturbed, capsys):

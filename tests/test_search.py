@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import errno
 import json
@@ -17,12 +18,11 @@ import torch
 import bmsn
 import bmsn.loop
 from bmsn import engine
-from bmsn.checkpoint import CheckpointStore, CheckpointWriteError
+from bmsn.checkpoint import CheckpointStore, CheckpointWriteError, write_atomically
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
 from bmsn.runfolder import read_metrics
-from bmsn.search import main
-from global_state import unchanged
+from bmsn.search import Progress, main
 from searching import run, tiny_flags, write_tiny_set
 
 
@@ -166,21 +166,44 @@ def test_result_is_found_again_and_best_can_be_built(spec):
         bmsn.SearchResult.from_json(result.to_json().replace('"schema_version": 4', '"schema_version": 1'), "here")
 
 
-def test_public_calls_leave_global_state_alone(spec):
-    with unchanged():
-        data = bmsn.open_dataset(spec)
-        config = SearchConfig(space="resnet14-cifar10", data=spec, supernets=2, epochs=1, batch_size=16)
-        result = bmsn.run_search(config, data)
-        space = bmsn.SearchSpace.named("resnet14-cifar10", width=0.25)
-        nets = bmsn.SupernetMixture(space, 2, 4, generator=torch.Generator().manual_seed(0))
-        images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
-        bmsn.score_architectures(nets, images, labels)
-        bmsn.score_one_by_one(nets, images, labels, [(space[0], 0)])
-        bmsn.balance(np.eye(3, 2), 0.1)
-        mixture = bmsn.BalancedMixture(num_architectures=15, num_supernets=2)
-        mixture.observe_and_draw(0, 1, 0.5, 10.0, 3, 0.2)
-        bmsn.backend_report()
-        result.to_table()
+def test_progress_is_told_every_step(spec):
+    told = []
+    config = SearchConfig(space="resnet14-cifar10", data=spec, supernets=2, epochs=10, batch_size=16, fast_eval=True)
+    bmsn.run_search(config, progress=told.append)
+    training = [record for record in told if "num_pairs" not in record]
+    assert [record["step"] for record in training] == list(range(1, 41))  # a line of metrics every two steps
+    assert all(record["num_steps"] == 40 and 0 <= record["accuracy"] <= 1 for record in training)
+    assert all(record["images_per_second"] > 0 for record in training)
+    assert "entropy" in training[-1]
+    scoring = [(record["pairs_scored"], record["num_pairs"]) for record in told if "num_pairs" in record]
+    assert scoring == [(3, 15), (7, 15), (11, 15), (15, 15)]  # four batches of 16 images
+
+
+def test_progress_is_shown_every_ten_seconds_where_there_is_no_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("bmsn.progress.time.monotonic", lambda: now)
+    progress = Progress()
+    numbers = {"num_steps": 25, "images_per_second": 99.6, "seconds_left": 61.0, "accuracy": None}
+    for step in range(1, 26):
+        now = 100.0 + step
+        progress(numbers | {"step": step, "accuracy": 0.5 if step > 5 else None, "entropy": 0.25})
+    for scored in range(26):
+        now += 0.5
+        progress(numbers | {"step": 25, "pairs_scored": scored, "num_pairs": 25})
+    progress.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1/25  100 images/s  left 1:01  accuracy -  entropy 0.250",
+        "step 11/25  100 images/s  left 1:01  accuracy 50.0%  entropy 0.250",
+        "step 21/25  100 images/s  left 1:01  accuracy 50.0%  entropy 0.250",
+        "step 25/25  100 images/s  left 1:01  accuracy 50.0%  entropy 0.250",
+        "step 25/25  scoring 19 of 25",
+    ]
+
+
+def test_a_terminal_has_one_line_that_is_ended(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with contextlib.closing(Progress()) as progress:
+        progress({"step": 3, "num_steps": 3, "pairs_scored": 2, "num_pairs": 9})
+    assert capsys.readouterr().err == "\r\x1b[Kstep 3/3  scoring 2 of 9\n"
 
 
 # Bad input: found before the first step, named, exit code 2. ----------------------------------------------------------
@@ -213,6 +236,25 @@ def test_bad_values_are_named(spec, flags, words, capsys, tmp_path, monkeypatch)
     for word in words:
         assert word in message
     assert not list(tmp_path.iterdir())
+
+
+def test_a_last_scoring_group_of_one_value_is_found_before_training(tmp_path, capsys):
+    spec = write_tiny_set(tmp_path / "tiny.npz", num_images=132, size=4)  # the last map is 1x1, half of the images 66
+    flags = tiny_flags(spec, out=tmp_path / "run")
+    assert main([*flags, "--batch-size", "13"]) == 2
+    message = capsys.readouterr().err
+    for words in ("batch_size", "the last 1 of 66 validation images", "got 13", "at least 2 values a channel"):
+        assert words in message
+    assert not (tmp_path / "run").exists()
+    assert main([*flags, "--batch-size", "16", "--epochs", "1"]) == 0  # a last group of 2
+    assert main([*flags[:-2], "--batch-size", "13", "--method", "macs", "--supernets", "1"]) == 0  # scores nothing
+
+
+def test_without_tensorboard_no_folder_is_made(spec, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    assert main(tiny_flags(spec, tensorboard=True, out=tmp_path / "run")) == 2
+    assert "pip install 'bmsn[tensorboard]'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -321,6 +363,55 @@ def test_training_goes_on_when_the_disk_is_full(spec, monkeypatch, tmp_path, cap
     assert calls == [2, 4, 6, 8]
     assert "step 4 could not be written, training goes on" in caplog.text
     assert (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("name", ["ranking.csv", "result.json"])
+def test_a_result_that_cannot_be_written_is_printed(spec, name, monkeypatch, tmp_path, capsys, caplog):
+    def full(path, data):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, data)
+
+    flags, out = tiny_flags(spec, epochs=1, fast_eval=True), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr("bmsn.run.write_atomically", full)
+        assert main([*flags, "--out", str(out)]) == 3
+    printed = capsys.readouterr()
+    assert "Best:" in printed.out
+    assert f"failed: {out}: not finished" in printed.err
+    assert f"{out / name}: the result could not be written: No space left on device" in caplog.text
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "±" in line] == [
+        line for line in printed.out.splitlines() if "±" in line
+    ]
+    assert (out / "result.json").exists()
+
+
+def test_a_full_disk_ends_what_tensorboard_gets(spec, monkeypatch, tmp_path, caplog):
+    class Writer:
+        def __init__(self, folder):
+            pass
+
+        def add_scalar(self, name, value, step):
+            assert step <= 3
+            if step == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    pytest.importorskip("tensorboard")
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter", Writer)
+    search(spec, tensorboard=True, out=tmp_path / "run", fast_eval=True)
+    assert "step 3: TensorBoard gets no more, training goes on: [Errno 28] No space left on device" in caplog.text
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_a_closed_stderr_costs_nothing_but_messages(spec, tmp_path):
+    command = [sys.executable, "-m", "bmsn.search", *tiny_flags(spec, epochs=1, fast_eval=True, out=tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.close()
+    assert process.stdout is not None
+    assert "Best:" in process.stdout.read()
+    assert process.wait(timeout=300) == 0
 
 
 def test_a_closed_stdout_ends_quietly(spec, tmp_path):

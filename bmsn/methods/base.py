@@ -7,7 +7,7 @@ The loop (`bmsn.loop`) calls a `Method` alone. Most methods differ in their samp
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -157,6 +157,9 @@ class Method(ABC):
         ranked_by: what the final ranking is by, in words. estimate: what `Ranking.estimate` is, in words.
         settings: which of OPTIONAL_SETTINGS it takes.
 
+    Attributes:
+        after_batch: what `score` calls after each batch, see `bmsn.score_architectures`.
+
     Args:
         problem: space, images, schedule, device.
     """
@@ -171,6 +174,7 @@ class Method(ABC):
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.cost = Cost()
+        self.after_batch: Callable[[int], None] = lambda images: None
 
     @classmethod
     def num_supernets(cls, space: SearchSpace) -> int | None:

@@ -9,7 +9,7 @@ Source: Javan et al. 2023, eq. 4 and 5 (multi-resolution layer), section 3 (SPOS
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -102,7 +102,12 @@ def _row(weights: Weights, row: int) -> Weights:
 
 @torch.no_grad()
 def count_correct_paths(
-    nets: SupernetMixture, images: Tensor, labels: Tensor, paths: Sequence[ResolutionPath], batch_size: int
+    nets: SupernetMixture,
+    images: Tensor,
+    labels: Tensor,
+    paths: Sequence[ResolutionPath],
+    batch_size: int,
+    after_batch: Callable[[int], None] = lambda images: None,
 ) -> Tensor:
     """How many images each path classifies correctly, (len(paths),) int64; layers that paths share are computed once.
 
@@ -114,6 +119,7 @@ def count_correct_paths(
         labels: (N,) int64, likewise.
         paths: that fit the space.
         batch_size: images in a statistics group; the last, smaller one is a group of its own.
+        after_batch: as for `bmsn.score_architectures`.
     """
     weights = nets.weights(nets.arena, images.dtype)
     rows = [_row(weights, r) for r in range(nets.num_supernets)]
@@ -131,4 +137,5 @@ def count_correct_paths(
     for start in range(0, len(images), batch_size):
         group_labels = labels[start : start + batch_size]
         visit(run_stem(images[start : start + batch_size], rows[0]), 0, list(range(len(paths))))
+        after_batch(len(group_labels) * len(paths))
     return correct.cpu()

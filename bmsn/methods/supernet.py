@@ -121,13 +121,14 @@ class SupernetMethod(Method):
         problem, config = self.problem, self.problem.config
         images, labels = problem.validation_half()
         scorer: Callable[..., Scores] = score_architectures if config.fast_eval else score_one_by_one
+        scorer = partial(scorer, after_batch=self.after_batch)
         nets = self.average.nets if self.average is not None and self.average.count else self.nets
         if config.norm == "calibrated":
             known = problem.training_images(NUM_CALIBRATION)
             if config.adapt:  # which changes weights
-                scorer = partial(score_architectures, norm="calibrated", calibration_images=known)
+                scorer = partial(scorer, norm="calibrated", calibration_images=known)
             else:  # once for all batches of a race
-                scorer = partial(score_architectures, norm=calibrate(nets, known, pairs, images.dtype))
+                scorer = partial(scorer, norm=calibrate(nets, known, pairs, images.dtype))
         scores: Scores | Race
         if config.adapt:
             scores = score_adapted(

@@ -129,7 +129,8 @@ class UnsharedPaths(Method):
         if not watching:
             for path in paths:
                 self.cost.validate(len(labels), self._macs(path))
-        return count_correct_paths(self.nets, images, labels, paths, self.problem.config.batch_size)
+        batch_size = self.problem.config.batch_size
+        return count_correct_paths(self.nets, images, labels, paths, batch_size, self.after_batch)
 
     def snapshot(self, step: int) -> dict[str, Any]:
         return {"kind": "resolutions", "visits": self.visits, "accuracy": self.accuracy}
