@@ -1,11 +1,11 @@
 """bmsn: where should a CNN downsample? A balanced mixture of supernets ranks all pooling architectures.
 
-import bmsn
-space = bmsn.SearchSpace.named("resnet20-cifar10")
-nets = bmsn.SupernetMixture(space, num_supernets=4, num_classes=10)
-scores = bmsn.score_architectures(nets, images, labels)
-result = bmsn.run_search(bmsn.SearchConfig(...), data)
-net = bmsn.build_network(space, result.best.architecture)
+>>> import bmsn
+>>> space = bmsn.SearchSpace.named("resnet14-cifar10")
+>>> nets = bmsn.SupernetMixture(space, num_supernets=4, num_classes=10)
+>>> scores = bmsn.score_architectures(nets, images, labels)
+>>> result = bmsn.run_search(bmsn.SearchConfig(space=space.name, data="npz:images.npz", epochs=2, batch_size=16))
+>>> net = bmsn.build_network(space, result.best.architecture, num_classes=10)
 """
 
 from bmsn import methods

@@ -225,6 +225,17 @@ def run_comparison(
 
     Source: Javan et al. 2023, table 2.
 
+        >>> comparison = bmsn.run_comparison(
+        ...     bmsn.ComparisonConfig(
+        ...         methods="spos,random", space="resnet14-cifar10", data="npz:images.npz", truth="truth.csv",
+        ...         budget=1, seeds=1, settings="batch_size=16", out=Path("runs/compare"),
+        ...     )
+        ... )
+        >>> [row.label for row in comparison.rows]
+        ['spos', 'random', 'macs']
+        >>> comparison.rows[0].figures["regret_top1"].mean >= 0  # percentage points
+        True
+
     Args:
         config: settings.
         should_stop: asked about once a second; True raises Interrupted.

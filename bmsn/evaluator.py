@@ -72,6 +72,13 @@ def score_architectures(
 
     Source: the scoring of Javan et al. 2023, section 2.3 (architecture after architecture there).
 
+        >>> scores = bmsn.score_architectures(nets, images, labels)
+        >>> len(scores.pairs) == len(nets.space) * nets.num_supernets
+        True
+        >>> architecture, supernet = scores.pairs[int(scores.correct.argmax())]
+        >>> scores.total == len(images)
+        True
+
     Args:
         mixture: the supernets; images go to the device of its weights.
         images: (N, C, H, W) float32, bfloat16 or float64, normalised, in any memory format: their dtype is that of the

@@ -92,7 +92,7 @@ def write_network(folder: Path, network: nn.Sequential, config: Mapping[str, Any
 def load_network(folder: str | Path) -> nn.Sequential:
     """The network in a folder of `python -m bmsn.export`, from model.safetensors and config.json.
 
-        >>> network = bmsn.load_network("runs/a/export/3-2-2-supernet")
+        >>> network = bmsn.load_network("runs/a/export/5-1-1-supernet")
         >>> images = torch.rand(5, 3, 8, 8)  # RGB in [0, 1], as in all of the folder's formats
         >>> network(images).shape
         torch.Size([5, 4])

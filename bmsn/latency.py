@@ -81,6 +81,13 @@ def measure_latency(
 ) -> Latency:
     """Measures networks of a space, with weights that they share: what the weights are changes no time.
 
+        >>> space = bmsn.SearchSpace.named("resnet14-cifar10")
+        >>> chosen = [space.default, space.find("5,1,1")]
+        >>> latency = bmsn.measure_latency(space, chosen, batch_sizes=(1,), rounds=3)
+        >>> low, median, high = latency.milliseconds["5-1-1"][1]  # at batch 1
+        >>> 0 < low <= median <= high
+        True
+
     Args:
         architectures: which; None: all.
         num_classes, in_channels: of the networks.

@@ -86,6 +86,15 @@ def run_retraining(
     of the last epoch. Killed at any moment, the same call goes on; results and weights of each network are in
     `run`/retrain (`bmsn.run_export` makes files of them that need no bmsn).
 
+        >>> retraining = bmsn.run_retraining(
+        ...     bmsn.RetrainConfig(
+        ...         run=Path("runs/a"), architecture=("2,3,2",), seeds=1,
+        ...         training=bmsn.TrainingSettings(epochs=1, batch_size=16),
+        ...     )
+        ... )
+        >>> sorted((str(row.alone.architecture), row.is_default) for row in retraining.rows)
+        [('[2,3,2]', False), ('[3,2,2]', True)]
+
     Args:
         config: settings.
         should_stop: asked about once a second; True raises Interrupted.

@@ -47,6 +47,15 @@ def run_search(
 
     Source: Javan et al. 2023, section 2.
 
+        >>> config = bmsn.SearchConfig(
+        ...     space="resnet14-cifar10", data="npz:images.npz", epochs=2, batch_size=16, out=Path("runs/b")
+        ... )
+        >>> result = bmsn.run_search(config)
+        >>> len(result.ranking), result.best.rank
+        (15, 1)
+        >>> sorted(file.name for file in Path("runs/b").glob("r*"))
+        ['ranking.csv', 'result.json']
+
     Args:
         config: settings; with `out`, the run is kept in that folder and can be resumed.
         data: the images; None: what `config.data` names.

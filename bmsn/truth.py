@@ -85,6 +85,19 @@ def run_ground_truth(
 
     Source: Javan et al. 2023, section 3.1 and table 6.
 
+        >>> truth = bmsn.run_ground_truth(
+        ...     bmsn.GroundTruthConfig(
+        ...         space="resnet14-cifar10", data="npz:images.npz", seeds=1, out=Path("runs/truth"),
+        ...         training=bmsn.TrainingSettings(epochs=1, batch_size=16),
+        ...     )
+        ... )
+        >>> len(truth.rows), truth.failed
+        (15, {})
+        >>> print(truth.rows[0].architecture, 0 <= truth.rows[0].accuracy_mean <= 100)
+        [1,1,5] True
+        >>> Path("runs/truth/ground_truth.csv").is_file()
+        True
+
     Args:
         config: settings.
         should_stop: asked about once a second; True raises Interrupted.

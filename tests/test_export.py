@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import importlib.util
 import json
 import shutil
@@ -378,21 +377,3 @@ def test_a_package_that_is_not_installed_is_named(run, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     assert main([str(run), "--architecture", "2,3,2"]) == 2
     assert "export needs onnxscript: pip install 'bmsn[export]'" in capsys.readouterr().err
-
-
-def test_the_examples_in_the_docstrings(run, monkeypatch):
-    monkeypatch.chdir(run.parents[1])
-    monkeypatch.setattr(bmsn.exporting_files, "_graphs", lambda network, shape: (b"", b""))  # seconds, tested above
-    names = {
-        "bmsn": bmsn, "torch": torch, "Path": Path, "images": torch.randn(8, 3, 8, 8),
-        "nets": bmsn.SupernetMixture(SPACE, 1, 4),
-    }  # fmt: skip
-    for function in (
-        bmsn.run_export,
-        bmsn.load_network,
-        bmsn.network_from_supernet,
-    ):  # in this order: one needs another
-        (example,) = (found for found in doctest.DocTestFinder(recurse=False).find(function, globs=names))
-        assert example.examples
-        outcome = doctest.DocTestRunner(verbose=False).run(example)
-        assert outcome.failed == 0

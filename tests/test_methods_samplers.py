@@ -1,21 +1,28 @@
-"""Samplers on toy problems with known answers: no images, no networks."""
+"""Methods on toy problems with known answers: what is observed is made up, and no network takes a step."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bmsn.config import Procedure
+from bmsn import methods
+from bmsn.config import Procedure, SearchConfig
 from bmsn.errors import InputError
+from bmsn.loop import SearchLoop
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.boltzmann import BoltzmannSampler
 from bmsn.methods.few_shot import FewShotSampler, first_pooling_groups
 from bmsn.methods.mcts import MctsSampler
 from bmsn.methods.mixture import MixtureSampler
+from bmsn.methods.supernet import SupernetMethod
+from bmsn.methods.unshared import UnsharedPaths
+from bmsn.paths import architecture_path
 from bmsn.space import SearchSpace
+from searching import tiny_images
 
 TINY = SearchSpace(5, 2, [4] * 5, image_size=8)  # 6 architectures: 12, 13, 14, 23, 24, 34
 LARGER = SearchSpace.named("resnet14-cifar10", width=0.25)  # 15
@@ -52,7 +59,61 @@ def noisy(means, seed=0):
     return lambda step, architecture: random.binomial(16, means[architecture]) / 16
 
 
-# The balanced mixture. ------------------------------------------------------------------------------------------------
+def make_loop(method, **changes) -> SearchLoop:
+    settings = dict(space="resnet14-cifar10", data="npz:tiny", batch_size=16, device="cpu") | changes
+    return SearchLoop(SearchConfig(method=method, **settings), tiny_images())
+
+
+# All that try one architecture, or path, a step. ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("best", "wanted"), [("5,1,1", {4: 0}), ("2,4,1", {1: 0, 2: 1, 5: 1}), ("1,1,5", {2: 2})])
+@pytest.mark.parametrize(
+    "method", [name for name in methods.names() if issubclass(methods.get(name), SupernetMethod | UnsharedPaths)]
+)
+def test_finds_the_best_arm(method, best, wanted):
+    """Accuracy is a matter of the resolution of one layer, or of three, and only one architecture has it right."""
+    loop = make_loop(method, epochs=400)
+    space, coins = loop.space, np.random.default_rng(0)
+
+    def mean(path):
+        return 0.2 + 0.6 * np.mean([path.resolutions[layer] == r for layer, r in wanted.items()])
+
+    paths = [architecture_path(space, architecture) for architecture in space]
+    for step in range(loop.num_steps):
+        if isinstance(loop.method, UnsharedPaths):
+            path = loop.method.propose(step)
+            loop.method.observe(step, path, coins.binomial(64, mean(path)) / 64)
+        else:
+            architecture, supernet = loop.method.sampler.propose(step)
+            accuracy = coins.binomial(64, mean(paths[architecture])) / 64
+            loop.method.sampler.observe(step, architecture, supernet, accuracy)
+    order = loop.method.rank().order
+    assert space[int(order[0])] == space.find(best)
+    assert sorted(order.tolist()) == list(range(15))
+
+
+# The balanced mixture, and that of one. -------------------------------------------------------------------------------
+
+
+def test_a_single_supernet_learns_every_mean():
+    """SPOS: each average forgets the 1 that it began with, and ends within its noise of the mean that is known."""
+    means, num_steps = np.linspace(0.3, 0.8, 6)[[3, 0, 5, 1, 4, 2]], 1200
+    sampler = mixture(num_supernets=1, num_steps=num_steps)
+    assert np.bincount(play(sampler, num_steps, lambda step, c: means[c])).tolist() == [200] * 6
+    ranking = sampler.rank()
+    assert ranking.estimate == pytest.approx(means, abs=1e-8)  # 0.9^200 = 7e-10
+    assert ranking.order.tolist() == [2, 4, 0, 5, 3, 1]
+    assert ranking.supernet.tolist() == [0] * 6
+    noise = []
+    for seed in range(50):
+        sampler = mixture(num_supernets=1, num_steps=num_steps, seed=seed)
+        play(sampler, num_steps, noisy(means, seed))
+        noise.append(sampler.rank().estimate - means)
+    # Variance of the average of accuracies, each of 16 coins: (1 - 0.9) / (1 + 0.9) of theirs.
+    deviation = np.sqrt(means * (1 - means) / 16 * 0.1 / 1.9)
+    assert np.abs(np.mean(noise, axis=0) / deviation * 50**0.5).max() < 3.5
+    assert 1e-3 < stats.chi2(300).cdf(((noise / deviation) ** 2).sum()) < 1 - 1e-3
 
 
 def test_the_mixture_gives_each_supernet_the_half_that_it_is_good_at():
@@ -290,6 +351,35 @@ def test_a_refresh_replaces_the_moving_averages(make):
     sampler.refresh(sampler.pairs(), np.linspace(0.1, 0.6, 6))
     assert sampler.rank().estimate.tolist() == np.linspace(0.1, 0.6, 6).tolist()
     assert sampler.averages.visits.tolist() == [0, 1, 0, 0, 0, 0]
+
+
+# Without training. ----------------------------------------------------------------------------------------------------
+
+
+def order_by(method, problem, **changes) -> list[int]:
+    return methods.get(method)(replace(problem, **changes)).rank().order.tolist()
+
+
+def test_chance_ranks_in_every_order_equally_often():
+    problem = make_loop("random").problem
+    configs = [replace(problem.config, seed=seed) for seed in range(3000)]
+    three = SearchSpace(4, 2, [4] * 4, image_size=8)  # architectures, in 6 orders
+    orders = [order_by("random", problem, config=config, space=three) for config in configs]
+    assert stats.chisquare(np.unique(orders, axis=0, return_counts=True)[1]).pvalue > 1e-3
+    assert len(set(map(tuple, orders))) == 6
+    first = [order_by("random", problem, config=config)[0] for config in configs]
+    assert stats.chisquare(np.bincount(first, minlength=15)).pvalue > 1e-3
+
+
+def test_macs_rank_the_dearest_first():
+    problem = make_loop("macs").problem
+    assert order_by("macs", problem, space=TINY, macs=(5, 7, 7, 1, 9, 3)) == [4, 1, 2, 0, 5, 3]  # equal ones by index
+    # A pooling before layer l leaves the l layers before it as they were: the later both are, the dearer.
+    order = [LARGER[i].pool_positions for i in order_by("macs", problem)]
+    place = {positions: rank for rank, positions in enumerate(order)}
+    assert order[0] == (5, 6)
+    assert order[-1] == (1, 2)
+    assert all(place[a, b] < place[c, d] for a, b in order for c, d in order if a >= c and b >= d and (a, b) != (c, d))
 
 
 # State. ---------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 A method is one file with one subclass of `bmsn.methods.base.Method`; a line in `_METHODS` makes it known to `--method`.
 Importing this module imports none of them.
+
+`bmsn.run_search` runs a method by its name; `bmsn.methods.base.Sampler` shows how to drive its sampler by hand.
 """
 
 from __future__ import annotations
@@ -47,7 +49,11 @@ def check_name(name: str) -> None:
 
 
 def get(name: str) -> type[Method]:
-    """The class of a method. Raises InputError for an unknown name."""
+    """The class of a method. Raises InputError for an unknown name.
+
+    >>> bmsn.methods.get("mcts").ranked_by
+    'visits in the tree, from its root down'
+    """
     check_name(name)
     module, _, attribute = _METHODS[name].partition(":")
     method: type[Method] = getattr(importlib.import_module(module), attribute)

@@ -1,7 +1,9 @@
 """The interface of a search method: `Sampler` says what is trained next, `Method` owns the networks and their step.
 
 The loop (`bmsn.loop`) calls a `Method` alone. Most methods differ in their sampler only and are a
-`bmsn.methods.supernet.SupernetMethod`; one with other networks, or another step, is a `Method` of its own.
+`bmsn.methods.supernet.SupernetMethod`; one with other networks, or another step, is a `Method` of its own. `darts` and
+`gaea` are: each of their steps trains all resolutions of every layer at once, so there is no architecture to propose,
+and what they learn from is the gradient of the validation loss with respect to alpha, not an accuracy to observe.
 """
 
 from __future__ import annotations
@@ -99,6 +101,22 @@ class Sampler(ABC):
 
     Its draws are pure functions of (seed, purpose, step) (`bmsn.rng`) and of what it observed, and `state_dict` has all
     that it observed: so a resumed search proposes the same.
+
+    A sampler needs a space and no images, so it can be driven by hand, with rewards in [0, 1] from anywhere:
+
+        >>> from bmsn.methods.mcts import MctsSampler
+        >>> space = bmsn.SearchSpace.named("resnet14-cifar10")
+        >>> sampler = MctsSampler(space, num_steps=300, seed=0, constant=0.5, warm_up=0.1, in_blocks=True)
+        >>> for step in range(300):
+        ...     architecture, supernet = sampler.propose(step)  # their indices; this method has one supernet, 0
+        ...     reward = 0.9 if space[architecture].stage_depths == (2, 4, 1) else 0.5
+        ...     sampler.observe(step, architecture, supernet, reward)
+        >>> ranking = sampler.rank()
+        >>> print(space[ranking.order[0]], ranking.estimate[ranking.order[0]].round(3))
+        [2,4,1] 0.9
+
+    `bmsn.methods.boltzmann.BoltzmannSampler`, `few_shot.FewShotSampler` and `mixture.MixtureSampler` are driven alike;
+    what each of them needs is said there.
     """
 
     @abstractmethod
