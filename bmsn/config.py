@@ -11,6 +11,7 @@ from bmsn import methods
 from bmsn.cost import parse_max_macs
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
+from bmsn.field_types import check_types
 from bmsn.rank_rules import RankRule
 from bmsn.space import PoolKind, SearchSpace
 
@@ -58,8 +59,8 @@ class SearchConfig:
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
         start_accuracy: a[c,m] before its first visit: 1 is optimistic, unvisited pairs are tried first; that of chance
             is not.
-        split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as its
-            copies. 0: all of them train from the start, each with weights of its own.
+        split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as
+            its copies. 0: all of them train from the start, each with weights of its own.
         average_last: score the mean of the weights over this share of the steps, the last ones; 0: the last weights.
         warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
             paper has searches with it and without.
@@ -136,6 +137,7 @@ class SearchConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         methods.check_name(self.method)
         bounds: dict[str, tuple[float, float]] = {
             "supernets": (1, 4096),

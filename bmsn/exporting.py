@@ -13,6 +13,7 @@ from bmsn.errors import InputError
 from bmsn.exporting_files import check_free, check_installed, write_network
 from bmsn.exporting_network import describe_architecture, describe_space
 from bmsn.exporting_sources import Source, retrained, untrained
+from bmsn.field_types import check_types
 from bmsn.ops.convolution import without_tf32
 from bmsn.paths import find_candidate
 from bmsn.retraining import read_result
@@ -49,6 +50,7 @@ class ExportConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.calibration is not None and self.calibration < 2:
             raise InputError(f"calibration must be at least 2 images; got {self.calibration}")
         for name, needed in (("supernet", True), ("calibration", True), ("network", False)):

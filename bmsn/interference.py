@@ -31,6 +31,7 @@ from bmsn.data import (
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import score_architectures
+from bmsn.field_types import check_types
 from bmsn.network import SupernetMixture
 from bmsn.ops.norm_relu import norm_relu
 from bmsn.rng import generator, torch_seed
@@ -77,6 +78,7 @@ class InterferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (1, 10**6), "batch_size": (2, 10**6), "lr": (0, 100), "min_lr": (0, 100), "momentum": (0, 1),
             "weight_decay": (0, 1), "seed": (0, 2**63 - 1),

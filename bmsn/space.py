@@ -8,7 +8,6 @@ belong to the layer and not to the resolution, so all architectures of a space s
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from functools import cached_property
 from itertools import combinations, pairwise
 from typing import Literal, get_args
 
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
 
 BlockKind = Literal["basic", "bottleneck"]
 StemKind = Literal["small", "large"]
@@ -172,12 +171,10 @@ class SearchSpace(Sequence[Architecture]):
         self.default = self.find(default)
 
     @classmethod
-    def named(cls, name: str, *, width: float = 1.0, pool: PoolKind | None = None) -> SearchSpace:
+    def named(cls, name: str, width: float = 1.0, *, pool: PoolKind | None = None) -> SearchSpace:
         """A published space (`SPACES`), its widths times `width` (rounded, at least 1); `pool` None: its own."""
         if name not in _NAMED:
-            near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"space {name!r} is unknown{hint} Known: {', '.join(_NAMED)}")
+            raise InputError(f"space {name!r} is unknown{did_you_mean(name, _NAMED)}; known: {', '.join(_NAMED)}")
         if not 0 < width <= 64:
             raise InputError(f"width must be in (0, 64]; got {width}")
         given = _NAMED[name]

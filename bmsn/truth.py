@@ -12,6 +12,7 @@ from bmsn.data import ImageDataset
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.field_types import check_types
 from bmsn.paths import Candidate
 from bmsn.scheduler import Outcome, Resources, TaskProgress
 from bmsn.space import Architecture, PoolKind, SearchSpace
@@ -45,6 +46,7 @@ class GroundTruthConfig:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_seeds(self.seeds, self.first_seed)
 
 
