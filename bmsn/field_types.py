@@ -7,7 +7,8 @@ from __future__ import annotations
 import numbers
 import os
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -20,24 +21,28 @@ _UNFIT = object()
 
 
 def check_types(config: Any) -> None:
-    """Each field of a dataclass must hold what its type hint says; for `__post_init__`, frozen or not.
+    """Each field of a dataclass must be `fitted` to its type hint, and is; for `__post_init__`, frozen or not."""
+    cls: type = type(config)
+    for name, hint in _hints(cls).items():
+        object.__setattr__(config, name, fitted(name, getattr(config, name), hint))
+
+
+def fitted(name: str, value: Any, hint: Any) -> Any:
+    """The value as what its type hint says.
 
     Hints may be int, float, bool, str, Path, Literal, None, dataclasses, tuple[X, ...] and unions of these. What is as
-    good is taken and becomes the type of the hint: an integer for a float, numpy's numbers for Python's, text for a
-    path, a list for a tuple. A bool is no number.
+    good is taken: an integer for a float, numpy's numbers for Python's, text for a path, a list for a tuple. A bool is
+    no number.
 
     Raises:
-        InputError: a value of another kind; names field, accepted kinds or choices (and the nearest), and value.
+        InputError: a value of another kind; has name, accepted kinds or choices (and the nearest), and value.
     """
-    cls: type = type(config)
-    for name, admitted in _admitted(cls).items():
-        value = getattr(config, name)
-        fitted = _fit_any(value, admitted)
-        if fitted is _UNFIT:
-            choices = [kind for kind in admitted if isinstance(kind, str)]
-            hint = did_you_mean(value, choices) if isinstance(value, str) else ""
-            raise InputError(f"{name} must be {_in_words(admitted)}; got {value!r}{hint}")
-        object.__setattr__(config, name, fitted)
+    admitted = kinds(hint)
+    found = _fit_any(value, admitted)
+    if found is _UNFIT:
+        near = did_you_mean(value, [k for k in admitted if isinstance(k, str)]) if isinstance(value, str) else ""
+        raise InputError(f"{name} must be {_in_words(admitted)}; got {value!r}{near}")
+    return found
 
 
 def from_yaml(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +51,7 @@ def from_yaml(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     Text becomes a number where the field is one: PyYAML takes `1e-3` for text (YAML 1.1 wants 1.0e-3). A whole number
     becomes text where the field is text (`max_macs: 40000000`). All else stays as it is.
     """
-    return {name: _as_hinted(value, _admitted(cls)[name]) for name, value in values.items()}
+    return {name: _as_hinted(value, kinds(_hints(cls)[name])) for name, value in values.items()}
 
 
 def kinds(hint: Any) -> list[Any]:
@@ -57,20 +62,22 @@ def kinds(hint: Any) -> list[Any]:
 
 
 @cache
-def _admitted(cls: type) -> dict[str, list[Any]]:
+def _hints(cls: type) -> dict[str, Any]:
     hints = get_type_hints(cls)
-    return {field.name: kinds(hints[field.name]) for field in fields(cls)}
+    return {field.name: hints[field.name] for field in fields(cls)}
 
 
 def _fit_any(value: Any, admitted: Sequence[Any]) -> Any:
-    return next((fitted for kind in admitted if (fitted := _fit(value, kind)) is not _UNFIT), _UNFIT)
+    return next((found for kind in admitted if (found := _fit(value, kind)) is not _UNFIT), _UNFIT)
 
 
 def _fit(value: Any, kind: Any) -> Any:
     """The value as that kind, or _UNFIT."""
     if get_origin(kind) is tuple:
-        items = [_fit_any(each, kinds(get_args(kind)[0])) for each in value] if isinstance(value, list | tuple) else []
-        return tuple(items) if isinstance(value, list | tuple) and _UNFIT not in items else _UNFIT
+        if not isinstance(value, Iterable) or isinstance(value, str | Mapping):
+            return _UNFIT
+        items = [_fit_any(each, kinds(get_args(kind)[0])) for each in value]
+        return _UNFIT if any(item is _UNFIT for item in items) else tuple(items)
     if not isinstance(kind, type):  # a choice
         return kind if isinstance(value, type(kind)) and value == kind else _UNFIT
     number = {int: numbers.Integral, float: numbers.Real}.get(kind)
@@ -83,12 +90,9 @@ def _fit(value: Any, kind: Any) -> Any:
 
 def _as_hinted(value: Any, admitted: Sequence[Any]) -> Any:
     if isinstance(value, str):
-        for number in (int, float):
-            if number in admitted:
-                try:
-                    return number(value)
-                except ValueError:
-                    continue
+        for number in (kind for kind in (int, float) if kind in admitted):
+            with suppress(ValueError):
+                return number(value)
     if type(value) is int and str in admitted:
         return str(value)
     return value
