@@ -308,7 +308,7 @@ def _make_searches(
             for seed in range(config.first_seed, config.first_seed + config.seeds):
                 try:
                     settings = SearchConfig(
-                        space=space.name, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
+                        space=space.spec, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
                         seed=seed, device=config.resources.device, **given,
                     ).filled()  # fmt: skip
                     rule: RankRule | None = None

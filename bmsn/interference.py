@@ -28,7 +28,7 @@ from bmsn.data import (
     open_dataset,
     split_halves,
 )
-from bmsn.data.readers import split_spec
+from bmsn.data.readers import GIVEN, split_spec
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import score_architectures
 from bmsn.field_types import check_types
@@ -51,7 +51,7 @@ class InterferenceConfig:
 
     Attributes:
         space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
-        data: images as scheme:path.
+        data: images as scheme:path; None: synthetic, or those that `run_interference` is given.
         early: stage depths of the architecture that pools early; None: the one that pools earliest.
         late: of the one that pools late; None: the one that pools latest.
         epochs: of training on each architecture; the alternating supernet has as many on each of the two.
@@ -65,7 +65,7 @@ class InterferenceConfig:
     """
 
     space: str | None = None
-    data: str = "synthetic"
+    data: str | None = None
     early: str | None = None
     late: str | None = None
     epochs: int = 6
@@ -131,18 +131,21 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         RunStopped: a loss that is not finite.
     """
     started = time.perf_counter()
-    synthetic = split_spec(config.data)[0] == "synthetic"
+    spec = config.data
+    if spec is None:
+        spec = "synthetic" if data is None else f"{GIVEN}:{data.name}"
+    synthetic = split_spec(spec)[0] == "synthetic"
     name = config.space or ("resnet14-cifar10" if synthetic else None)
     if name is None:
-        raise InputError(f"space must be given for data {config.data!r} (only synthetic data has a default one)")
+        raise InputError(f"space must be given for data {spec!r} (only synthetic data has a default one)")
     space = SearchSpace.named(name)
     pair = _pair(space, config)
     if data is None:
-        resizes = split_spec(config.data)[0] in ("parquet", "folder")
-        data = open_dataset(config.data, image_size=space.image_size if resizes else None)
+        resizes = split_spec(spec)[0] in ("parquet", "folder")
+        data = open_dataset(spec, image_size=space.image_size if resizes else None)
     if data.image_size % space.total_stride:
         raise InputError(
-            f"data {config.data}: images of {data.image_size} pixels; {name} needs a multiple of {space.total_stride}"
+            f"data {spec}: images of {data.image_size} pixels; {name} needs a multiple of {space.total_stride}"
         )
     nets, stream, validation = _prepare(config, space, data)
     device, dtype = nets.arena.device, stream.dtype
@@ -185,7 +188,7 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         filters=_first_weights(nets, rows).float().cpu().numpy(),
         features=_first_features(nets, rows, images[: config.batch_size]),
         image=data.train_images[validation[0]],
-        config=asdict(config) | {"space": name, "early": pair[0].slug, "late": pair[1].slug},
+        config=asdict(config) | {"space": name, "data": spec, "early": pair[0].slug, "late": pair[1].slug},
         environment=environment(device.type) | {"compute_dtype": str(dtype).removeprefix("torch.")},
         data={"name": data.name, "fingerprint": data.fingerprint, "num_train": len(stream.indices)},
         seconds=time.perf_counter() - started,

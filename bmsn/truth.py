@@ -134,7 +134,7 @@ def make_task(
     space: SearchSpace, architecture: Candidate, images: Images, seed: int, training: TrainingSettings
 ) -> Task:
     return Task(
-        space=space.name, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training
+        space=space.spec, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training
     )
 
 
