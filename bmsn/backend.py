@@ -16,12 +16,11 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from types import ModuleType
 
 import torch
 
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +125,7 @@ def resolve(
     if backend == "auto":
         asked, source = os.environ.get("BMSN_BACKEND") or "auto", "BMSN_BACKEND"
     if asked not in BACKENDS:
-        near = get_close_matches(asked, BACKENDS, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise InputError(f"{source} is {asked!r}{hint}; accepted: {', '.join(BACKENDS)}")
+        raise InputError(f"{source} is {asked!r}{did_you_mean(asked, BACKENDS)}; accepted: {', '.join(BACKENDS)}")
     choices = OPS[op] if available is None else tuple(available)
     device = torch.device(device)
     if asked == "auto":

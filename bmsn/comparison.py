@@ -17,6 +17,7 @@ from bmsn.correlation import load_truth
 from bmsn.data import ImageDataset
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.field_types import check_types
 from bmsn.loop import SearchLoop
 from bmsn.method_spec import MethodSpec, parse_methods, parse_settings
 from bmsn.methods.base import OPTIONAL_SETTINGS
@@ -71,6 +72,7 @@ class ComparisonConfig:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_seeds(self.seeds, self.first_seed)
         if not self.all_budgets:
             raise InputError("budget or budgets must be given: epochs of the training half")
@@ -326,7 +328,7 @@ def _make_searches(
             for seed in range(config.first_seed, config.first_seed + config.seeds):
                 try:
                     settings = SearchConfig(
-                        space=space.name, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
+                        space=space.spec, pool=config.pool, data=config.data, method=spec.method, epochs=budget,
                         seed=seed, device=config.resources.device, **given,
                     ).filled()  # fmt: skip
                     rule: RankRule | None = None

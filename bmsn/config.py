@@ -11,6 +11,7 @@ from bmsn import methods
 from bmsn.cost import parse_max_macs
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
+from bmsn.field_types import check_types
 from bmsn.rank_rules import RankRule
 from bmsn.space import PoolKind, SearchSpace
 
@@ -42,8 +43,10 @@ class SearchConfig:
     """Settings of a search. A field that is None is filled in by the preset, the data set or the space.
 
     Attributes:
-        space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
-        data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz).
+        space: name of a search space, or a JSON object of the arguments of `SearchSpace`; None: resnet14-cifar10 on
+            synthetic data, else required.
+        data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz); None: synthetic, or those
+            that `run_search` is given.
         method: how to search: mixture, spos, few-shot, mcts, boltzmann, random or macs.
         supernets: M, number of supernets; None: as many as the method needs; mixture: 4, on synthetic data 2.
         epochs: passes over the training half; None: a base of the data set times M.
@@ -94,7 +97,7 @@ class SearchConfig:
     """
 
     space: str | None = None
-    data: str = "synthetic"
+    data: str | None = None
     method: str = "mixture"
     supernets: int | None = None
     epochs: int | None = None
@@ -136,6 +139,7 @@ class SearchConfig:
     tensorboard: bool = False
 
     def __post_init__(self) -> None:
+        check_types(self)
         methods.check_name(self.method)
         bounds: dict[str, tuple[float, float]] = {
             "supernets": (1, 4096),
@@ -200,10 +204,11 @@ class SearchConfig:
             InputError: an unknown scheme of `data`, no space is given and the data set has no default one, or a setting
                 that does not fit the method.
         """
-        synthetic = split_spec(self.data)[0] == "synthetic"
+        data = "synthetic" if self.data is None else self.data
+        synthetic = split_spec(data)[0] == "synthetic"
         space = self.space or ("resnet14-cifar10" if synthetic else None)
         if space is None:
-            raise InputError(f"space must be given for data {self.data!r} (only synthetic data has a default one)")
+            raise InputError(f"space must be given for data {data!r} (only synthetic data has a default one)")
         preset, special = _PRESETS[self.preset], _SPECIAL.get((self.preset, space), {})
         supernets = self._supernets(space) or (2 if synthetic else 4)
         epochs = _SYNTHETIC_EPOCHS * supernets if synthetic else special.get("epochs", preset.epochs)
@@ -211,7 +216,7 @@ class SearchConfig:
             epochs *= supernets
         if synthetic and self.preset == "default":
             special = {**special, **_SYNTHETIC}
-        values = {**preset.fields, **special, "space": space, "supernets": supernets, "epochs": epochs}
+        values = {**preset.fields, **special, "space": space, "data": data, "supernets": supernets, "epochs": epochs}
         if self.rank_by not in (None, "assigned"):
             values["score"] = "pairs"
         ranks_pairs = (self.score or values["score"]) == "pairs" and "rank_by" in methods.get(self.method).settings
@@ -225,9 +230,12 @@ class SearchConfig:
         """M as given or as the method needs it; None: open."""
         method = methods.get(self.method)
         method.check(self)
-        needed = method.num_supernets(SearchSpace.named(space))
+        opened = SearchSpace.named(space)
+        needed = method.num_supernets(opened)
         if needed is not None and self.supernets not in (None, needed):
-            raise InputError(f"supernets must be {needed} for method {self.method} in {space}; got {self.supernets}")
+            raise InputError(
+                f"supernets must be {needed} for method {self.method} in {opened.name}; got {self.supernets}"
+            )
         return needed or self.supernets
 
     @property
@@ -248,6 +256,7 @@ class FilledConfig(SearchConfig):
 
     # `field()`: required, where a bare redeclaration would inherit the default None.
     space: str = field()
+    data: str = field()
     supernets: int = field()
     epochs: int = field()
     batch_size: int = field()

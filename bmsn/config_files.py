@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -11,21 +10,25 @@ from typing import Any
 import yaml
 
 from bmsn.config import SearchConfig
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
+from bmsn.field_types import from_yaml
 
 
 def config_from_mapping(values: Mapping[str, Any], source: str) -> SearchConfig:
-    """A config from what a YAML file holds. Raises InputError for an unknown key, naming the nearest known one."""
+    """A config from what a YAML file holds; text such as 1e-3 is taken as a number where the field is one.
+
+    Raises:
+        InputError: an unknown key, naming the nearest known one, or a value that the field does not take.
+    """
     known = [entry.name for entry in fields(SearchConfig)]
     for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+            hint = did_you_mean(key, known) or f"; known: {', '.join(known)}"
             raise InputError(f"{source}: key {key!r} is unknown{hint}")
-    given = dict(values)
-    if isinstance(given.get("out"), str):
-        given["out"] = Path(given["out"])
-    return SearchConfig(**given)
+    try:
+        return SearchConfig(**from_yaml(SearchConfig, values))
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def load_config(path: Path) -> SearchConfig:

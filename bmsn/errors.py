@@ -1,5 +1,10 @@
 """The two kinds of failure that a command turns into an exit code (listed in the README)."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """Bad input: a flag, field, file, data set or run folder. The message says what is accepted. Exit code 2."""
@@ -7,3 +12,9 @@ class InputError(ValueError):
 
 class RunStopped(RuntimeError):
     """A run stopped itself (NaN losses, a balance that cannot be solved); its last good state is kept. Exit code 3."""
+
+
+def did_you_mean(name: object, accepted: Iterable[str]) -> str:
+    """` (did you mean 'nearest'?)`, for the end of a message; empty where none is near."""
+    near = difflib.get_close_matches(str(name), list(accepted), n=1, cutoff=0.5)
+    return f" (did you mean {near[0]!r}?)" if near else ""

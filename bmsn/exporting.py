@@ -13,8 +13,9 @@ import torch
 
 from bmsn.errors import InputError
 from bmsn.exporting_files import check_free, check_installed, write_network
-from bmsn.exporting_network import describe_architecture, describe_space
+from bmsn.exporting_network import describe_architecture
 from bmsn.exporting_sources import Source, retrained, untrained
+from bmsn.field_types import check_types
 from bmsn.ops.convolution import without_tf32
 from bmsn.paths import find_candidate
 from bmsn.retraining import read_result
@@ -51,6 +52,7 @@ class ExportConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
     def __post_init__(self) -> None:
+        check_types(self)
         if self.calibration is not None and self.calibration < 2:
             raise InputError(f"calibration must be at least 2 images; got {self.calibration}")
         for name, needed in (("supernet", True), ("calibration", True), ("network", False)):
@@ -119,7 +121,7 @@ def run_export(config: ExportConfig) -> Export:
         else:
             network, data, described = retrained(source, config.network)
     whole = {
-        **describe_architecture(space, architecture), "space": describe_space(space), "num_classes": data.num_classes,
+        **describe_architecture(space, architecture), "space": space.arguments(), "num_classes": data.num_classes,
         "in_channels": data.in_channels, "image_size": data.image_size, "class_names": list(data.class_names),
         **described, "data": {"name": data.name, "fingerprint": data.fingerprint}, "run": str(config.run),
     }  # fmt: skip

@@ -126,15 +126,6 @@ def _calibrate(network: nn.Module, images: Tensor) -> None:
 # What config.json says of a network, and back. ------------------------------------------------------------------------
 
 
-def describe_space(space: SearchSpace) -> dict[str, Any]:
-    """The arguments of `SearchSpace` that make this space again."""
-    return {
-        "name": space.name, "num_layers": space.num_layers, "num_pools": space.num_pools, "widths": list(space.widths),
-        "block": space.block, "stem": space.stem, "pool": space.pool, "image_size": space.image_size,
-        "default": list(space.default.stage_depths),
-    }  # fmt: skip
-
-
 def describe_architecture(space: SearchSpace, architecture: Candidate) -> dict[str, Any]:
     """Under its own name, and what that means; `stage_depths` and `pool_positions` are None for a path outside."""
     inside = None if isinstance(architecture, ResolutionPath) else architecture

@@ -220,7 +220,7 @@ def _networks(source: Source, folder: Path) -> list[tuple[Task, TaskResult]]:
             content = json.loads(path.read_bytes())
             settings = content["key"]["settings"]
             task = Task(
-                space=source.space.name, pool=source.space.pool, architecture=source.architecture.slug,
+                space=source.space.spec, pool=source.space.pool, architecture=source.architecture.slug,
                 images=source.images, seed=content["key"]["seed"],
                 settings=TrainingSettings(**settings | {"milestones": tuple(settings["milestones"])}),
             )  # fmt: skip

@@ -28,9 +28,10 @@ from bmsn.data import (
     open_dataset,
     split_halves,
 )
-from bmsn.data.readers import split_spec
+from bmsn.data.readers import GIVEN, split_spec
 from bmsn.errors import InputError, RunStopped
 from bmsn.evaluator import score_architectures
+from bmsn.field_types import check_types
 from bmsn.network import SupernetMixture
 from bmsn.ops.norm_relu import norm_relu
 from bmsn.rng import generator, torch_seed
@@ -50,7 +51,7 @@ class InterferenceConfig:
 
     Attributes:
         space: name of a search space; None: resnet14-cifar10 on synthetic data, else required.
-        data: images as scheme:path.
+        data: images as scheme:path; None: synthetic, or those that `run_interference` is given.
         early: stage depths of the architecture that pools early; None: the one that pools earliest.
         late: of the one that pools late; None: the one that pools latest.
         epochs: of training on each architecture; the alternating supernet has as many on each of the two.
@@ -64,7 +65,7 @@ class InterferenceConfig:
     """
 
     space: str | None = None
-    data: str = "synthetic"
+    data: str | None = None
     early: str | None = None
     late: str | None = None
     epochs: int = 6
@@ -77,6 +78,7 @@ class InterferenceConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (1, 10**6), "batch_size": (2, 10**6), "lr": (0, 100), "min_lr": (0, 100), "momentum": (0, 1),
             "weight_decay": (0, 1), "seed": (0, 2**63 - 1),
@@ -129,18 +131,21 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         RunStopped: a loss that is not finite.
     """
     started = time.perf_counter()
-    synthetic = split_spec(config.data)[0] == "synthetic"
+    spec = config.data
+    if spec is None:
+        spec = "synthetic" if data is None else f"{GIVEN}:{data.name}"
+    synthetic = split_spec(spec)[0] == "synthetic"
     name = config.space or ("resnet14-cifar10" if synthetic else None)
     if name is None:
-        raise InputError(f"space must be given for data {config.data!r} (only synthetic data has a default one)")
+        raise InputError(f"space must be given for data {spec!r} (only synthetic data has a default one)")
     space = SearchSpace.named(name)
     pair = _pair(space, config)
     if data is None:
-        resizes = split_spec(config.data)[0] in ("parquet", "folder")
-        data = open_dataset(config.data, image_size=space.image_size if resizes else None)
+        resizes = split_spec(spec)[0] in ("parquet", "folder")
+        data = open_dataset(spec, image_size=space.image_size if resizes else None)
     if data.image_size % space.total_stride:
         raise InputError(
-            f"data {config.data}: images of {data.image_size} pixels; {name} needs a multiple of {space.total_stride}"
+            f"data {spec}: images of {data.image_size} pixels; {name} needs a multiple of {space.total_stride}"
         )
     nets, stream, validation = _prepare(config, space, data)
     device, dtype = nets.arena.device, stream.dtype
@@ -183,7 +188,7 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         filters=_first_weights(nets, rows).float().cpu().numpy(),
         features=_first_features(nets, rows, images[: config.batch_size]),
         image=data.train_images[validation[0]],
-        config=asdict(config) | {"space": name, "early": pair[0].slug, "late": pair[1].slug},
+        config=asdict(config) | {"space": name, "data": spec, "early": pair[0].slug, "late": pair[1].slug},
         environment=environment(device.type) | {"compute_dtype": str(dtype).removeprefix("torch.")},
         data={"name": data.name, "fingerprint": data.fingerprint, "num_train": len(stream.indices)},
         seconds=time.perf_counter() - started,

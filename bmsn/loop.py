@@ -62,7 +62,7 @@ class SearchLoop:
         if data.image_size % self.space.total_stride:
             raise InputError(
                 f"data {config.data}: images of {data.image_size} pixels; "
-                f"{config.space} needs a multiple of {self.space.total_stride}"
+                f"{self.space.name} needs a multiple of {self.space.total_stride}"
             )
         self.space = self.space.resized(data.image_size)
         self.macs = tuple(
@@ -74,7 +74,7 @@ class SearchLoop:
             self.searched = within_macs(self.space, self.macs, config.max_macs)
         if config.evaluate_top > len(self.searched):
             raise InputError(
-                f"evaluate_top must be at most {len(self.searched)}, the architectures of {config.space}; "
+                f"evaluate_top must be at most {len(self.searched)}, the architectures of {self.space.name}; "
                 f"got {config.evaluate_top}"
             )
         num_scored = config.evaluate_top or len(self.searched)

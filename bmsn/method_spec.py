@@ -6,15 +6,14 @@ it; without one it is the text itself. A part without "=", or with a ":" before 
 
 from __future__ import annotations
 
-import difflib
-import types
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_type_hints
 
 from bmsn import methods
 from bmsn.config import SearchConfig
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
+from bmsn.field_types import kinds
 
 # What a comparison decides itself, and the option of `bmsn.compare` that says it ("": none does).
 RESERVED = {
@@ -99,24 +98,15 @@ def parse_setting(name: str, text: str, source: str) -> dict[str, Any]:
         instead = f": {RESERVED[name]} says it" if RESERVED[name] else ""
         raise InputError(f"{source}: {name} cannot be set for one method of a comparison{instead}")
     if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+        hint = did_you_mean(name, known) or f"; known: {', '.join(known)}"
         raise InputError(f"{source}: setting {name!r} is unknown{hint}")
-    kinds = _kinds(get_type_hints(SearchConfig)[name])
-    for kind in kinds:
+    # None is left out: not to give a setting.
+    admitted = [kind for kind in kinds(get_type_hints(SearchConfig)[name]) if kind is not type(None)]
+    for kind in admitted:
         for value in _values(kind, text):
             return {name: value}
-    accepted = ", ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in kinds)
+    accepted = ", ".join(kind.__name__ if isinstance(kind, type) else repr(kind) for kind in admitted)
     raise InputError(f"{source}: {name} must be {accepted}; got {text!r}")
-
-
-def _kinds(hint: Any) -> list[Any]:
-    """What a type admits: types, and the values of a Literal themselves. None is left out: not to give a setting."""
-    if get_origin(hint) in (Union, types.UnionType):
-        return [kind for part in get_args(hint) for kind in _kinds(part)]
-    if get_origin(hint) is Literal:
-        return list(get_args(hint))
-    return [] if hint is type(None) else [hint]
 
 
 def _values(kind: Any, text: str) -> list[Any]:

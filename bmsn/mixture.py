@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
 from bmsn.ops.balance import MAX_ITERATIONS, Outcome, check_tol, solve, solver
 from bmsn.ops.mixture_step import BAD_ACCURACY, UNSOLVED, host_step
 
@@ -32,8 +31,7 @@ def inverse_temperature(progress: float, schedule: str, num_supernets: int) -> f
         num_supernets: M; only "temperature" depends on it.
     """
     if schedule not in SCHEDULES:
-        near = get_close_matches(str(schedule), SCHEDULES, 1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(schedule, SCHEDULES)
         raise InputError(f"schedule is {schedule!r}{hint}; accepted: {', '.join(SCHEDULES)}")
     _require(0 <= progress <= 1, "progress", "0 to 1", progress)
     _require(num_supernets >= 1, "num_supernets", ">= 1", num_supernets)

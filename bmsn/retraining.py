@@ -9,6 +9,7 @@ from pathlib import Path
 from bmsn.accuracy_table import CSV_COLUMNS, AccuracyRow, accuracy_rows, describe, write_csv
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.field_types import check_types
 from bmsn.paths import Candidate, find_candidate
 from bmsn.result import RankedArchitecture, SearchResult
 from bmsn.scheduler import Resources, TaskProgress
@@ -41,6 +42,7 @@ class RetrainConfig:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_seeds(self.seeds, 0)
         if (self.top is None) == (not self.architecture):
             raise InputError(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bmsn.checkpoint import CheckpointStore, environment, environment_differences, write_atomically
 from bmsn.config import FilledConfig, SearchConfig
 from bmsn.data import ImageDataset, open_dataset
+from bmsn.data.readers import GIVEN
 from bmsn.errors import InputError
 from bmsn.evaluator import Scores
 from bmsn.latency import Latency, measure_latency
@@ -40,6 +42,7 @@ def run_search(
     config: SearchConfig,
     data: ImageDataset | None = None,
     *,
+    space: SearchSpace | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     progress: Callable[[dict[str, Any]], None] = lambda record: None,
 ) -> SearchResult:
@@ -58,7 +61,9 @@ def run_search(
 
     Args:
         config: settings; with `out`, the run is kept in that folder and can be resumed.
-        data: the images; None: what `config.data` names.
+        data: the images; None: what `config.data` names. Where it names none, the run stores given:NAME, the name of
+            these images, and is resumed by passing them again.
+        space: one's own search space; None: what `config.space` names. The run stores its arguments.
         should_stop: asked after every step, and after every batch of a scoring; True saves the state and raises
             Interrupted.
         progress: called as often with what is known without waiting: `step`, `num_steps`, `accuracy` (mean over the
@@ -75,6 +80,12 @@ def run_search(
         Interrupted: `should_stop` said so.
     """
     started = time.perf_counter()
+    if data is not None and config.data is None:
+        config = replace(config, data=f"{GIVEN}:{data.name}")
+    if space is not None:
+        if config.space not in (None, space.spec):
+            raise InputError(f"space is given twice: {config.space} in config, and {space.name}")
+        config = replace(config, space=space.spec, pool=config.pool or space.pool)
     settings = config.filled()
     if settings.tensorboard and settings.out is None:
         raise InputError("tensorboard needs out: the folder to write its events to")

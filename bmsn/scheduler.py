@@ -15,6 +15,7 @@ from typing import Generic, Literal
 import torch
 
 from bmsn.errors import InputError, RunStopped
+from bmsn.field_types import check_types
 from bmsn.run import Interrupted
 from bmsn.tasks import TOUCH_SECONDS, R, Store, W
 from bmsn.trainer import resolve_device
@@ -53,6 +54,7 @@ class Resources:
     slurm: str = ""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not 1 <= self.workers <= 4096:
             raise InputError(f"workers must be in [1, 4096]; got {self.workers}")
         if self.timeout is not None and not self.timeout > 0:

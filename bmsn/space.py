@@ -8,15 +8,17 @@ belong to the layer and not to the resolution, so all architectures of a space s
 from __future__ import annotations
 
 import copy
-import difflib
+import json
+import math
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import combinations, pairwise
-from typing import Literal, get_args
+from typing import Any, Literal
 
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
+from bmsn.field_types import fitted
 
 BlockKind = Literal["basic", "bottleneck"]
 StemKind = Literal["small", "large"]
@@ -151,16 +153,20 @@ class SearchSpace(Sequence[Architecture]):
         name: str = "custom",
         default: Sequence[int] | None = None,
     ) -> None:
-        for field, value, kinds in (("block", block, BlockKind), ("stem", stem, StemKind), ("pool", pool, PoolKind)):
-            if value not in get_args(kinds):
-                raise InputError(f"{field} must be one of {', '.join(get_args(kinds))}; got {value!r}")
+        block, stem, pool = (
+            fitted(name, value, kind)
+            for name, value, kind in (("block", block, BlockKind), ("stem", stem, StemKind), ("pool", pool, PoolKind))
+        )
+        num_layers, num_pools = fitted("num_layers", num_layers, int), fitted("num_pools", num_pools, int)
+        name = fitted("name", name, str)
+        image_size, widths = fitted("image_size", image_size, int), fitted("widths", widths, tuple[int, ...])
         if num_layers < 2:
             raise InputError(f"num_layers must be at least 2; got {num_layers}")
         if not 1 <= num_pools <= num_layers - 1:
             raise InputError(f"num_pools must be in 1..num_layers-1 = 1..{num_layers - 1}; got {num_pools}")
         if len(widths) != num_layers or min(widths) < 1:
-            raise InputError(f"widths must be {num_layers} positive channel counts, one a layer; got {tuple(widths)}")
-        self.num_layers, self.num_pools, self.widths = num_layers, num_pools, tuple(int(w) for w in widths)
+            raise InputError(f"widths must be {num_layers} positive channel counts, one a layer; got {widths}")
+        self.num_layers, self.num_pools, self.widths = num_layers, num_pools, tuple(widths)
         self.block, self.stem, self.pool, self.name = block, stem, pool, name
         self.image_size = self._checked_size(image_size)
         if default is None:
@@ -169,26 +175,51 @@ class SearchSpace(Sequence[Architecture]):
         self.default = self.find(default)
 
     @classmethod
-    def named(cls, name: str, *, width: float = 1.0, pool: PoolKind | None = None) -> SearchSpace:
-        """A published space (`SPACES`), its widths times `width` (rounded, at least 1); `pool` None: its own."""
-        if name not in _NAMED:
-            near = difflib.get_close_matches(name, _NAMED, n=1, cutoff=0.4)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"space {name!r} is unknown{hint} Known: {', '.join(_NAMED)}")
+    def named(cls, name: str, width: float = 1.0, *, pool: PoolKind | None = None) -> SearchSpace:
+        """A published space (`SPACES`) or one's own, by its `spec`.
+
+        Args:
+            name: of `SPACES`, or a JSON object of the arguments of `SearchSpace`.
+            width: factor of all widths (rounded, at least 1).
+            pool: None: as the space has it.
+        Raises:
+            InputError: no such space (the message has the nearest), or a value out of range.
+        """
         if not 0 < width <= 64:
             raise InputError(f"width must be in (0, 64]; got {width}")
-        given = _NAMED[name]
-        return cls(
-            num_layers=len(given.widths),
-            num_pools=len(given.default) - 1,
-            widths=[max(1, round(w * width)) for w in given.widths],
-            block=given.block,
-            stem=given.stem,
-            pool=pool or given.pool,
-            image_size=given.image_size,
-            name=name,
-            default=given.default,
-        )
+        if name in _NAMED:
+            arguments = {"name": name, **_NAMED[name].arguments}
+        elif name.startswith("{"):
+            try:
+                arguments = cls(**json.loads(name)).arguments()
+            except (ValueError, TypeError) as error:  # InputError is a ValueError
+                raise InputError(f"space {name}: {error}") from error
+        else:
+            raise InputError(f"space {name!r} is unknown{did_you_mean(name, _NAMED)}; known: {', '.join(_NAMED)}")
+        widths = [max(1, round(w * width)) for w in arguments["widths"]]
+        return cls(**arguments | {"widths": widths, "pool": pool or arguments["pool"]})
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make this space again, as plain values."""
+        return {
+            "name": self.name, "num_layers": self.num_layers, "num_pools": self.num_pools, "widths": list(self.widths),
+            "block": self.block, "stem": self.stem, "pool": self.pool, "image_size": self.image_size,
+            "default": list(self.default.stage_depths),
+        }  # fmt: skip
+
+    @property
+    def spec(self) -> str:
+        """Text that `named` makes this space of again, given its `pool`: the name of a published one, else JSON.
+
+        It is what settings and files of runs hold. Raises InputError for a part of a space (`restricted`).
+        """
+        if len(self) != math.comb(self.num_layers - 1, self.num_pools):
+            raise InputError(f"space {self.name}: a whole space is needed; got {len(self)} of its architectures")
+        published = _NAMED.get(self.name)
+        own = _Named(self.widths, self.default.stage_depths, self.block, self.stem, self.pool, self.image_size)
+        if published is not None and own == replace(published, pool=self.pool):
+            return self.name
+        return json.dumps(self.arguments())
 
     # A sequence of architectures. -------------------------------------------------------------------------------------
 
@@ -375,6 +406,11 @@ class _Named:
     stem: StemKind
     pool: PoolKind
     image_size: int
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Of `SearchSpace`, but for its name."""
+        return {"num_layers": len(self.widths), "num_pools": len(self.default) - 1, **asdict(self)}
 
 
 def _repeat(*pairs: tuple[int, int]) -> tuple[int, ...]:

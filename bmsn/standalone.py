@@ -22,6 +22,7 @@ from bmsn.data import BatchStream, ImageDataset, normalisation, normalisation_ta
 from bmsn.engine import GraphMemoryError, choose_engine, graph_backend
 from bmsn.engine_mixture import image_device
 from bmsn.errors import InputError, RunStopped
+from bmsn.field_types import check_types
 from bmsn.fused_network import FusedNetwork
 from bmsn.network import build_path_network
 from bmsn.paths import Candidate, as_path, check_path
@@ -60,6 +61,7 @@ class TrainingSettings:
     factor: float = 0.1
 
     def __post_init__(self) -> None:
+        check_types(self)
         bounds: dict[str, tuple[float, float]] = {
             "epochs": (1, 10**6),
             "batch_size": (2, 10**6),

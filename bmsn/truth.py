@@ -12,6 +12,7 @@ from bmsn.data import ImageDataset
 from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
+from bmsn.field_types import check_types
 from bmsn.paths import Candidate
 from bmsn.scheduler import Outcome, Resources, TaskProgress
 from bmsn.space import Architecture, PoolKind, SearchSpace
@@ -47,6 +48,7 @@ class GroundTruthConfig:
     resources: Resources = field(default_factory=Resources)
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_seeds(self.seeds, self.first_seed)
 
 
@@ -149,7 +151,7 @@ def make_task(
     space: SearchSpace, architecture: Candidate, images: Images, seed: int, training: TrainingSettings
 ) -> Task:
     return Task(
-        space=space.name, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training
+        space=space.spec, pool=space.pool, architecture=architecture.slug, images=images, seed=seed, settings=training
     )
 
 

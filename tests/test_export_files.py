@@ -15,7 +15,7 @@ from torch import nn
 import bmsn
 import bmsn.exporting_files
 from bmsn.exporting_files import write_network
-from bmsn.exporting_network import describe_architecture, describe_space, with_normalisation
+from bmsn.exporting_network import describe_architecture, with_normalisation
 from bmsn.paths import as_path, find_candidate
 from exports import SKIPPED_WITHOUT_PACKAGES, from_onnx, from_program, from_safetensors
 from global_state import unchanged
@@ -34,7 +34,7 @@ def made(space: bmsn.SearchSpace, candidate: str, size: int) -> tuple[nn.Module,
         bare = bmsn.build_path_network(space, as_path(space, architecture), num_classes=7, in_channels=1)
         bare(torch.randn(16, 1, size, size))
     config = {
-        **describe_architecture(space, architecture), "space": describe_space(space), "num_classes": 7,
+        **describe_architecture(space, architecture), "space": space.arguments(), "num_classes": 7,
         "in_channels": 1, "image_size": size, "batch_norm": "affine", "normalisation": {"mean": [0.3], "std": [0.2]},
     }  # fmt: skip
     return bare, with_normalisation(bare, torch.tensor([0.3]), torch.tensor([0.2])), config

@@ -33,9 +33,9 @@ def test_values_have_the_types_of_the_fields():
     ("text", "message"),
     [
         ("", "methods must name at least one of mixture, spos"),
-        ("mixtur", r"method 'mixtur' is unknown; did you mean 'mixture'\?"),
+        ("mixtur", r"method 'mixtur' is unknown \(did you mean 'mixture'\?\)"),
         ("supernets=4,mixture", "a method must come before the setting 'supernets=4'"),
-        ("mixture:supernet=4", r"setting 'supernet' is unknown; did you mean 'supernets'\?"),
+        ("mixture:supernet=4", r"setting 'supernet' is unknown \(did you mean 'supernets'\?\)"),
         ("spos:seedless", "methods: spos:seedless: settings must be name=value; got 'seedless'"),
         ("mixture:supernets=four", "mixture:supernets=four: supernets must be int; got 'four'"),
         ("mixture:fast_eval=1", "fast_eval must be bool; got '1'"),

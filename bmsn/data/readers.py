@@ -19,6 +19,7 @@ from bmsn.errors import InputError
 
 SCHEMES = ("synthetic", "cifar10", "cifar100", "parquet", "folder", "npz")
 _NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
+GIVEN = "given"  # the scheme of images that a library call had in memory: nothing here can open them
 SYNTHETIC_VARIANTS = ("default", "fine", "coarse")
 
 
@@ -44,6 +45,11 @@ def open_dataset(spec: str, *, image_size: int | None = None) -> ImageDataset:
     scheme, rest = split_spec(spec)
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size must be at least 1; got {image_size}")
+    if scheme == GIVEN:
+        raise InputError(
+            f"data: {spec} stands for images that were passed to run_search and are stored nowhere: pass them again to "
+            "resume; for anything else search with data=npz:FILE"
+        )
     data = _generate(rest or "default") if scheme == "synthetic" else _read(scheme, rest, image_size)
     if image_size is not None and data.image_size != image_size:
         raise InputError(
@@ -54,9 +60,9 @@ def open_dataset(spec: str, *, image_size: int | None = None) -> ImageDataset:
 
 
 def split_spec(spec: str) -> tuple[str, str]:
-    """Scheme and the rest of scheme:path. Raises InputError for an unknown scheme, naming the nearest."""
+    """Scheme (also `GIVEN`) and the rest of scheme:path. Raises InputError for an unknown one, naming the nearest."""
     scheme, _, rest = spec.partition(":")
-    if scheme not in SCHEMES:
+    if scheme not in (*SCHEMES, GIVEN):
         raise InputError(f"data: unknown scheme {scheme!r}{_nearest(scheme, SCHEMES)}; accepted: {', '.join(SCHEMES)}")
     return scheme, rest
 

@@ -8,11 +8,10 @@ Importing this module imports none of them.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING
 
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from bmsn.methods.base import Method
@@ -43,9 +42,7 @@ def names() -> tuple[str, ...]:
 def check_name(name: str) -> None:
     """Raises InputError unless there is a method of that name; the message has the nearest one."""
     if name not in _METHODS:
-        near = difflib.get_close_matches(str(name), _METHODS, n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]!r}?" if near else "."
-        raise InputError(f"method {name!r} is unknown{hint} Known: {', '.join(_METHODS)}")
+        raise InputError(f"method {name!r} is unknown{did_you_mean(name, _METHODS)}; known: {', '.join(_METHODS)}")
 
 
 def get(name: str) -> type[Method]:
