@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from bmsn import methods
 from bmsn.cost import parse_max_macs
-from bmsn.data.readers import split_spec
+from bmsn.data.readers import check_spec, split_spec
 from bmsn.errors import InputError
 from bmsn.field_types import check_types
 from bmsn.rank_rules import RankRule
@@ -201,10 +201,11 @@ class SearchConfig:
         space's own).
 
         Raises:
-            InputError: an unknown scheme of `data`, no space is given and the data set has no default one, or a setting
+            InputError: an unknown scheme or variant of `data`, no space is given and the data set has no default one, or a setting
                 that does not fit the method.
         """
         data = "synthetic" if self.data is None else self.data
+        check_spec(data)
         synthetic = split_spec(data)[0] == "synthetic"
         space = self.space or ("resnet14-cifar10" if synthetic else None)
         if space is None:

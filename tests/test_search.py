@@ -215,6 +215,7 @@ def test_a_terminal_has_one_line_that_is_ended(monkeypatch, capsys):
         (["--space", "resnet20-cifar"], ["resnet20-cifar10"]),
         (["--data", "npy:x"], ["npy", "npz"]),
         (["--data", "npz:absent.npz"], ["absent.npz"]),
+        (["--data", "synthetic:corse", "--print-config"], ["synthetic:corse", "'coarse'"]),
         (["--batch-size", "1"], ["batch_size", "[2,", "1"]),
         (["--epochs", "0"], ["epochs", "[1,", "0"]),
         (["--lr", "-1"], ["lr", "-1"]),
