@@ -201,7 +201,7 @@ class SearchConfig:
         space's own).
 
         Raises:
-            InputError: an unknown scheme or variant of `data`, no space is given and the data set has no default one, or a setting
+            InputError: an unknown scheme or variant of `data`, no space given where the data set has none, or a setting
                 that does not fit the method.
         """
         data = "synthetic" if self.data is None else self.data

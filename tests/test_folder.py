@@ -29,6 +29,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPa
     return where
 
 
+@pytest.fixture(autouse=True)
+def asked_for_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Commands that other tests of this process have run ask the library to talk."""
+    caplog.set_level(logging.WARNING, "bmsn")
+
+
 def write_classes(where: Path, names: list[str], per_class: int, seed: int = 0, size: int = 32) -> np.ndarray:
     images = make_images(len(names) * per_class, size, seed)
     for i, image in enumerate(images):
