@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from textwrap import fill
 from typing import Any
 
 try:
@@ -23,6 +24,7 @@ SEQUENTIAL = "cividis"  # even in lightness, and the same to all kinds of colour
 ACCENT = "#D55E00"
 
 WIDTH = 9.0  # inches; with 13 pt the text is readable where the figure is shown at half of its 900 pixels
+_LEGEND = 78  # characters of a legend that are as wide
 _DPI = 100
 _STYLE: Any = {
     "figure.dpi": _DPI,
@@ -69,6 +71,17 @@ def colour(place: int, count: int) -> str:
     if count <= len(PALETTE):
         return PALETTE[place]
     return to_hex(matplotlib.colormaps[SEQUENTIAL](place / (count - 1)))
+
+
+def fit_legend(names: Sequence[str]) -> tuple[list[str], int]:
+    """For a legend below a figure of the usual width: the names, broken where they are wider, and its columns."""
+    columns = max(1, min(5, _LEGEND // (max(map(len, names)) + 6)))  # 6: the mark and what is around it
+    return [in_lines(name, _LEGEND) for name in names], columns
+
+
+def in_lines(name: str, most: int) -> str:
+    """A name, broken after commas, hyphens or, in need, anywhere where it has more characters than `most`."""
+    return name if len(name) <= most else fill(name.replace(",", ", "), most)
 
 
 def finish_grid(axes: Sequence[Axes], used: int) -> None:

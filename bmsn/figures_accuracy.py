@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from bmsn.figures import ACCENT, MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, finish_grid, new_figure
+from bmsn.figures import ACCENT, MARKERS, PALETTE, SEQUENTIAL, WIDTH, colour, finish_grid, fit_legend, new_figure
 from bmsn.space import Architecture, SearchSpace
 
 _ALONE = "accuracy trained alone (%)"
-_LEGEND_CHARACTERS = 90  # that fit beside one another
 _MAX_WRITTEN = 60  # cells of a map that still have their value written in them
 
 
@@ -54,10 +52,8 @@ def runs_truth_figure(runs: Sequence[tuple[str, Sequence[float], Sequence[float]
     Args:
         runs: for each its name in the legend, accuracies in the search and those trained alone, both in percent.
     """
-    names = [fill(name, _LEGEND_CHARACTERS) for name, *_ in runs]
-    columns = 2 if max(map(len, names)) <= _LEGEND_CHARACTERS / 2 else 1
-    lines = sum(name.count("\n") + 1 for name in names) / columns
-    figure, (axis,) = new_figure(5.0 + 0.24 * lines)
+    names, columns = fit_legend([name for name, *_ in runs])
+    figure, (axis,) = new_figure(5.0 + 0.24 * sum(name.count("\n") + 1 for name in names) / columns)
     for place, (name, (_, predicted, truth)) in enumerate(zip(names, runs, strict=True)):
         axis.scatter(
             predicted, truth, s=55, color=colour(place, len(runs)), marker=MARKERS[place % len(MARKERS)],

@@ -9,9 +9,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from bmsn.figures import MARKERS, PALETTE, colour, new_figure
+from bmsn.figures import MARKERS, PALETTE, colour, fit_legend, in_lines, new_figure
 
 _PANELS = (("kendall_tau_b", "rank correlation (tau-b)"), ("regret_top1", "regret of the pick (points)"))
+_TICK = 30  # characters of a method's name in a line
 _APART = 0.012  # of the axis: lines of one budget, so that their intervals do not hide one another
 
 
@@ -24,24 +25,26 @@ def comparison_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
     methods = list(dict.fromkeys(row["method"] for row in rows))
     budgets = sorted({row["budget"] for row in rows})
     if len(budgets) == 1:
-        figure, axes = new_figure(0.42 * len(methods) + 1.3, 1, 2, sharey=True)
+        most_lines = max(in_lines(method, _TICK).count("\n") + 1 for method in methods)
+        figure, axes = new_figure(max(0.42, 0.22 * most_lines) * len(methods) + 1.3, 1, 2, sharey=True)
         for axis, (name, label) in zip(axes, _PANELS, strict=True):
             _one_budget(axis, rows, methods, name)
             axis.set_xlabel(label)
         axes[0].invert_yaxis()  # once: the axis is shared
         return figure
-    figure, axes = new_figure(4.6 + 0.3 * (len(methods) // 5), 1, 2)
+    names, columns = fit_legend(methods)
+    figure, axes = new_figure(4.3 + 0.24 * sum(name.count("\n") + 1 for name in names) / columns, 1, 2)
     for axis, (name, label) in zip(axes, _PANELS, strict=True):
         for place, method in enumerate(methods):
             apart = np.exp((place - (len(methods) - 1) / 2) * _APART * np.log(budgets[-1] / budgets[0]))
             points = [(row["budget"] * apart, *_interval(row, name)) for row in rows if row["method"] == method]
-            _errorbars(axis, sorted(points), place, len(methods), label=method if axis is axes[0] else None)
+            _errorbars(axis, sorted(points), place, len(methods), label=names[place] if axis is axes[0] else None)
         axis.set_xscale("log")
         axis.set_xticks(budgets, [str(budget) for budget in budgets])
         axis.minorticks_off()
         axis.set(xlabel="budget (epochs)", ylabel=label)
     axes[1].set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", ncols=5, handlelength=1.6, columnspacing=1.2)
+    figure.legend(loc="outside lower center", ncols=columns, handlelength=1.6, columnspacing=1.2)
     return figure
 
 
@@ -52,7 +55,7 @@ def _one_budget(axis: Axes, rows: Sequence[Mapping[str, Any]], methods: Sequence
         axis.errorbar(
             mean, place, xerr=[[mean - low], [high - mean]], color=PALETTE[0], marker="o", markersize=8, capsize=4
         )
-    axis.set_yticks(range(len(methods)), methods)
+    axis.set_yticks(range(len(methods)), [in_lines(method, _TICK) for method in methods])
 
 
 def _errorbars(

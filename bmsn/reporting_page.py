@@ -18,6 +18,8 @@ try:
 except ImportError as error:
     raise ImportError("a report needs matplotlib and jinja2: pip install 'bmsn[report]'") from error
 
+_LONG = 40  # characters
+
 
 @dataclass(frozen=True)
 class Text:
@@ -61,6 +63,11 @@ class Cell:
 
     text: str
     key: str
+
+    @property
+    def is_long(self) -> bool:
+        """Whether a line of it must be broken for the other columns to have room."""
+        return any(len(line) > _LONG for line in self.text.splitlines())
 
 
 def cell(value: float | int | str | None, shown: str = "{}") -> Cell:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from bmsn.figures import style
 
 _VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -14,6 +19,19 @@ def do_not_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     """Figures of pages are made but not drawn, which takes seconds."""
     monkeypatch.setattr("bmsn.reporting_page.to_svg", lambda figure: '<svg width="1" height="1"></svg>')
     monkeypatch.setattr("bmsn.reporting_page.to_png", lambda figure: b"")
+
+
+def assert_within(make: Callable[[], Figure]) -> None:
+    """What a figure shows, names included, is within its edges, and its axes keep half of its width."""
+    with style():
+        figure = make()
+        FigureCanvasAgg(figure).draw()
+    box, (width, height) = figure.get_tightbbox(), figure.get_size_inches()
+    assert box.x0 >= 0
+    assert box.y0 >= 0
+    assert box.x1 <= width
+    assert box.y1 <= height
+    assert sum(axis.get_position().width for axis in figure.axes) > 0.5
 
 
 class HtmlPage(HTMLParser):

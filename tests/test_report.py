@@ -14,7 +14,7 @@ from scipy import stats
 
 from bmsn.config import SearchConfig
 from bmsn.figures import style, to_png, to_svg
-from bmsn.figures_accuracy import accuracy_map
+from bmsn.figures_accuracy import accuracy_map, runs_truth_figure
 from bmsn.reporting import write_report
 from bmsn.reporting_page import Plot
 from bmsn.reporting_reproduction import search_command
@@ -23,7 +23,7 @@ from bmsn.reporting_several import several_blocks
 from bmsn.run import run_search
 from bmsn.search import parse
 from bmsn.space import SearchSpace
-from html_pages import HtmlPage, do_not_draw
+from html_pages import HtmlPage, assert_within, do_not_draw
 from run_folders import write_run
 from searching import write_tiny_set
 
@@ -216,6 +216,11 @@ def test_runs_that_share_space_and_truth_have_one_figure(tmp_path: Path) -> None
     assert heading in page.headings
     assert heading not in report(runs[0], *strangers).headings
     assert heading not in report(runs[0]).headings
+
+
+def test_legend_of_several_runs_is_within_the_figure() -> None:
+    names = [f"{name}: tau-b 0.500" for name in ("a", 120 * "x", "mixture-" * 15)]
+    assert_within(lambda: runs_truth_figure([(name, [1.0, 2.0], [3.0, 4.0]) for name in names], "accuracy"))
 
 
 def test_constant_accuracies_have_no_tau_and_the_reason_stands_there(tmp_path: Path) -> None:

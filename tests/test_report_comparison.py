@@ -18,7 +18,7 @@ from bmsn.run import Interrupted
 from bmsn.scheduler import Resources
 from bmsn.space import SearchSpace
 from comparison_folders import make_comparison, write_comparison
-from html_pages import HtmlPage, do_not_draw
+from html_pages import HtmlPage, assert_within, do_not_draw
 from run_folders import write_run
 from searching import write_tiny_set
 
@@ -85,6 +85,13 @@ def test_figure_has_every_mean(budgets: tuple[int, ...]) -> None:
     if len(budgets) == 1:
         assert [text.get_text() for text in tau.get_yticklabels()] == ["mixture", "random", "macs"]
         assert tau.yaxis_inverted(), "the first method stands at the top"
+
+
+@pytest.mark.parametrize("budgets", [(5,), (5, 10, 20)], ids=["one budget", "three"])
+def test_figure_has_room_for_long_names(budgets: tuple[int, ...]) -> None:
+    """A method without a label is called by its settings."""
+    label = "mixture:supernets=8,refresh_every=200,start_accuracy=0.1,rank_by=level,average_last=0.25,adapt=5"
+    assert_within(lambda: comparison_figure(make_comparison(budgets, label)["methods_over_seeds"]))
 
 
 def test_nothing_finished_yet(tmp_path: Path) -> None:
