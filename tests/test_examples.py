@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,13 @@ BLOCKS = re.findall(
 
 # What each block of README.md presupposes, by a word that it alone has.
 PRESUPPOSED = {
-    "run_search": lambda: {"images": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)},
+    "num_supernets=4": lambda: {"images": torch.randn(4, 3, 32, 32), "labels": torch.arange(4)},
+    "ImageDataset": lambda: {
+        "bmsn": bmsn,
+        "train_images": np.random.default_rng(0).integers(0, 256, (64, 64, 64, 3), np.uint8),
+        "train_labels": np.arange(64) % 2,
+        "test_images": np.zeros((0, 64, 64, 3), np.uint8), "test_labels": np.zeros(0, np.int64),
+    },
     "load_network": lambda: {
         "bmsn": bmsn, "torch": torch, "space": SPACE, "nets": bmsn.SupernetMixture(SPACE, 2, num_classes=4),
         "calibration_images": torch.randn(8, 3, 8, 8),
@@ -104,10 +111,12 @@ def test_docstring(here, name):
     assert not report, "".join(report)
 
 
-def quick_search(config: bmsn.SearchConfig) -> bmsn.SearchResult:
-    """The search of README.md, which takes two minutes, on few of its images and for one epoch."""
-    few = generate_synthetic(num_train=128, num_test=0)
-    return run_search(replace(config, epochs=1, fast_eval=True), few)
+def quick_search(
+    config: bmsn.SearchConfig, data: bmsn.ImageDataset | None = None, **given: bmsn.SearchSpace
+) -> bmsn.SearchResult:
+    """A search of README.md, which takes minutes, for one epoch and on few images."""
+    few = generate_synthetic(num_train=128, num_test=0) if data is None else data
+    return run_search(replace(config, epochs=1, supernets=1, batch_size=16, fast_eval=True), few, **given)
 
 
 @pytest.mark.parametrize("word", [*map(marked, PRESUPPOSED)])
