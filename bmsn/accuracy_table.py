@@ -89,6 +89,7 @@ def accuracy_rows(
 ) -> list[AccuracyRow[_C]]:
     """One row for each of `architectures`, in their order, over the results of its tasks."""
     classes, channels = data.num_classes, data.in_channels
+    space = space.resized(data.image_size)  # MACs are those of its images
     default = space.macs(space.default, num_classes=classes, in_channels=channels)
     found: dict[str, list[TaskResult]] = {a.slug: [] for a in architectures}
     for task in tasks:

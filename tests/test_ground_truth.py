@@ -27,7 +27,7 @@ from bmsn.scheduler import Outcome
 from bmsn.standalone import train_alone
 from searching import run, start, tiny_images, write_tiny_images
 
-SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
+SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
 TRAINING = bmsn.TrainingSettings(epochs=2, batch_size=16)
 
 
