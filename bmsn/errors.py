@@ -16,5 +16,5 @@ class RunStopped(RuntimeError):
 
 def did_you_mean(name: object, accepted: Iterable[str]) -> str:
     """` (did you mean 'nearest'?)`, for the end of a message; empty where none is near."""
-    near = difflib.get_close_matches(str(name), list(accepted), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), list(accepted), n=1)
     return f" (did you mean {near[0]!r}?)" if near else ""

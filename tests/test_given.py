@@ -8,12 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import bmsn
+from bmsn.comparison import _make_searches
+from bmsn.exporting_sources import Source, retrained
 from bmsn.interference import InterferenceConfig, run_interference
 from bmsn.reporting_run import read_runs
 from bmsn.search import main
+from bmsn.tasks import Images
 from searching import tiny_images, write_tiny_images
 
 QUICK = dict(supernets=2, epochs=2, batch_size=16, device="cpu", fast_eval=True)
@@ -108,6 +112,13 @@ def test_a_space_of_ones_own_is_searched_and_opened_again(tmp_path, capsys):
     assert lines[0].startswith("# mine trained alone")
     rows = {row["stage_depths"]: row for row in csv.DictReader(lines[1:])}
     assert rows["1-2-2"]["parameters"] == str(SPACE.num_parameters(num_classes=4))
+    images = Images(spec=result.config["data"], generator_seed=None, fingerprint=result.data["fingerprint"])
+    source = Source(
+        run=tmp_path / "run", result=result, space=SPACE, architecture=SPACE.default, images=images,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    described = retrained(source, None)[2]  # found by the space's spec
+    assert f"{described['accuracy']['percent']:.3f}" == rows["1-2-2"]["accuracy_mean"]
 
 
 def test_how_a_space_is_given(tmp_path, capsys):
@@ -131,3 +142,12 @@ def test_how_a_space_is_given(tmp_path, capsys):
     spec = write_tiny_images(tmp_path / "tiny.npz")
     assert main(["--data", spec, "--space", SPACE.spec, "--method", "macs", "--batch-size", "16"]) == 0
     assert f"Best: {result.best.architecture} " in capsys.readouterr().out
+
+
+def test_methods_are_compared_in_a_space_of_ones_own(tmp_path):
+    config = bmsn.ComparisonConfig(
+        methods="macs", space=SPACE.spec, data="npz:mine", budget=1, seeds=1, truth="t.csv", settings="batch_size=16",
+        out=tmp_path,
+    )  # fmt: skip
+    (search,) = _make_searches(config, SPACE, tiny_images()).values()
+    assert search.task.config.space == SPACE.spec

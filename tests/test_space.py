@@ -97,6 +97,19 @@ def test_own_space_and_the_even_default():
     assert space.out_channels == 32
 
 
+def test_a_spec_makes_the_space_again():
+    for name in SPACES:
+        assert SearchSpace.named(name).spec == SearchSpace.named(name, pool="avg").spec == name
+    own = SearchSpace(8, 2, [8] * 8, block="bottleneck", stem="large", image_size=32, name="mine", default=(1, 1, 6))
+    narrow = SearchSpace.named("resnet20-cifar10", 0.25)
+    for space in (own, narrow, SearchSpace(3, 1, [8] * 3, image_size=8, name="resnet14-cifar10")):
+        assert space.spec.startswith("{")
+        assert SearchSpace.named(space.spec).arguments() == space.arguments()
+    assert SearchSpace.named(own.spec, 2, pool="stride").arguments() == (
+        own.arguments() | {"widths": [16] * 8, "pool": "stride"}
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "depths"), [("4,3,3", (4, 3, 3)), ("4-3-3", (4, 3, 3)), ("[4, 3, 3]", (4, 3, 3)), ("10,1", (10, 1))]
 )
@@ -107,7 +120,13 @@ def test_stage_depths_are_read_in_three_forms(text, depths):
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: SearchSpace.named("resnet20-cifar"), ["did you mean 'resnet20-cifar10'"]),
+        (lambda: SearchSpace.named("resnet20-cifar"), ["unknown (did you mean 'resnet20-cifar10'?); known: resnet14"]),
+        (lambda: SearchSpace.named("?"), ["space '?' is unknown; known: resnet14-cifar10, resnet20-cifar10"]),
+        (lambda: SearchSpace.named('{"num_layers": 8'), ["space {", "delimiter"]),
+        (lambda: SearchSpace.named('{"layers": 8}'), ["'layers'"]),
+        (lambda: SearchSpace.named('{"num_layers": 3, "num_pools": 1, "widths": "888"}'), ["widths", "'888'"]),
+        (lambda: SearchSpace(5.0, 2, [8] * 5), ["num_layers must be a whole number; got 5.0"]),
+        (lambda: SearchSpace(5, 2, 8), ["widths must be several, each a whole number; got 8"]),
         (lambda: SearchSpace.named("resnet20-cifar10", width=0), ["width", "(0, 64]"]),
         (lambda: SearchSpace(1, 1, [8]), ["num_layers", "at least 2"]),
         (lambda: SearchSpace(5, 5, [8] * 5), ["num_pools", "1..4", "5"]),
