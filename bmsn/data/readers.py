@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import os
 import zipfile
@@ -15,7 +14,7 @@ from bmsn.data.cifar import read_cifar
 from bmsn.data.dataset import ImageDataset, numbered_class_names
 from bmsn.data.folder import read_folder
 from bmsn.data.parquet import read_parquet
-from bmsn.errors import InputError
+from bmsn.errors import InputError, did_you_mean
 
 SCHEMES = ("synthetic", "cifar10", "cifar100", "parquet", "folder", "npz")
 _NPZ_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels", "class_names")
@@ -63,7 +62,9 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Scheme (also `GIVEN`) and the rest of scheme:path. Raises InputError for an unknown one, naming the nearest."""
     scheme, _, rest = spec.partition(":")
     if scheme not in (*SCHEMES, GIVEN):
-        raise InputError(f"data: unknown scheme {scheme!r}{_nearest(scheme, SCHEMES)}; accepted: {', '.join(SCHEMES)}")
+        raise InputError(
+            f"data: unknown scheme {scheme!r}{did_you_mean(scheme, SCHEMES)}; accepted: {', '.join(SCHEMES)}"
+        )
     return scheme, rest
 
 
@@ -76,7 +77,7 @@ def check_spec(spec: str) -> None:
         if not rest:
             raise InputError(f"data: {scheme} needs a path, as {scheme}:{'FILE' if scheme == 'npz' else 'DIR'}")
     elif rest and rest not in SYNTHETIC_VARIANTS:
-        hint = _nearest(rest, SYNTHETIC_VARIANTS)
+        hint = did_you_mean(rest, SYNTHETIC_VARIANTS)
         raise InputError(f"data: unknown variant synthetic:{rest}{hint}; accepted: {', '.join(SYNTHETIC_VARIANTS)}")
 
 
@@ -104,11 +105,6 @@ def _read(scheme: str, rest: str, image_size: int | None) -> ImageDataset:
                 return read_cifar(scheme, path)
     except OSError as error:  # a folder that may not be read, a name too long
         raise InputError(f"data: {scheme}: {error}") from error
-
-
-def _nearest(name: str, accepted: tuple[str, ...]) -> str:
-    near = difflib.get_close_matches(name, accepted, 1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def read_npz(path: Path) -> ImageDataset:
