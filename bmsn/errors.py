@@ -11,7 +11,7 @@ class InputError(ValueError):
 
 
 class RunStopped(RuntimeError):
-    """A run stopped itself (NaN losses, a balance that cannot be solved, no memory); its last good state is kept. Exit code 3."""
+    """A run stopped itself (NaN losses, an unsolvable balance, no memory); its last good state is kept. Exit code 3."""
 
 
 def did_you_mean(name: object, accepted: Iterable[str]) -> str:
