@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,11 +88,11 @@ def accuracy_rows(
     tasks: Sequence[Task],
     outcome: Outcome[TaskResult],
 ) -> list[AccuracyRow[_C]]:
-    """One row for each of `architectures`, in their order, over the results of its tasks."""
+    """One row for each of `architectures`, in their order, over the results of its tasks; there may be others."""
     classes, channels = data.num_classes, data.in_channels
     space = space.resized(data.image_size)  # MACs are those of its images
     default = space.macs(space.default, num_classes=classes, in_channels=channels)
-    found: dict[str, list[TaskResult]] = {a.slug: [] for a in architectures}
+    found: defaultdict[str, list[TaskResult]] = defaultdict(list)
     for task in tasks:
         if task.name in outcome.results:
             found[task.architecture].append(outcome.results[task.name])

@@ -9,7 +9,7 @@ import tyro
 
 from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
-from bmsn.comparison_figures import Paired, Row, Summary
+from bmsn.comparison_figures import Paired, Row, Summary, path_in_words
 
 PROGRAM = "python -m bmsn.compare"
 
@@ -51,7 +51,12 @@ def to_table(comparison: Comparison) -> str:
             pairs = [pair for pair in comparison.paired if (pair.budget, pair.baseline) == (budget, baseline)]
             cells = {pair.label: _pair_cells(pair) for pair in pairs}
             lines += [*_table(f"less {baseline}, seed by seed", cells, width), ""]
-        lines += [f"{row.label} also found {', '.join(row.paths)}, resolutions by layer." for row in rows if row.paths]
+        lines += [
+            f"{row.label} also found {', '.join(path_in_words(*found) for found in row.paths.items())}, resolutions by "
+            "layer."
+            for row in rows
+            if row.paths
+        ]
     lines += _notes(comparison)
     return "\n".join(lines)
 

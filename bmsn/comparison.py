@@ -13,7 +13,7 @@ from bmsn import methods
 from bmsn.comparison_figures import Paired, Row, Run, compare_pairs, describe_run, summarise_runs
 from bmsn.comparison_files import check_drawing, draw_budgets, write_tables
 from bmsn.config import FilledConfig, SearchConfig
-from bmsn.correlation import load_truth
+from bmsn.correlation import load_truth, load_truth_of_paths
 from bmsn.data import ImageDataset
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
@@ -250,7 +250,7 @@ def run_comparison(
         check_drawing()
     named = SearchConfig(space=config.space, data=config.data).filled().space
     space = SearchSpace.named(named, pool=config.pool)
-    truth = load_truth(config.truth, space)
+    truth, of_paths = load_truth(config.truth, space), load_truth_of_paths(config.truth, space)
     data = open_images(config.data, None, space)
     searches = _make_searches(config, space, data)
     unique: dict[str, SearchTask] = {}
@@ -258,7 +258,9 @@ def run_comparison(
         unique.setdefault(search.task.name, search.task)
     outcome = run_tasks(list(unique.values()), RunStore(config.out / "runs"), config.resources, should_stop, progress)
     runs = tuple(
-        describe_run(label, budget, seed, search.ranked(outcome.results[search.task.name].result), space, truth)
+        describe_run(
+            label, budget, seed, search.ranked(outcome.results[search.task.name].result), space, truth, of_paths
+        )
         for (budget, label, seed), search in searches.items()
         if search.task.name in outcome.results
     )

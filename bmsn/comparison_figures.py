@@ -13,8 +13,9 @@ from typing import Any
 from bmsn import methods
 from bmsn.correlation import ranking_agreement
 from bmsn.intervals import bootstrap_interval, student_interval
+from bmsn.paths import find_candidate
 from bmsn.result import SearchResult
-from bmsn.space import SearchSpace
+from bmsn.space import Architecture, SearchSpace
 
 # The figures of a run that are summed up over seeds, in the order of the tables.
 FIGURES = (
@@ -34,6 +35,7 @@ class Run:
         pick: stage depths of the architecture it ranks first, as 4-3-3.
         pick_within_macs: of the one it ranks first among those of at most the default's MACs.
         path: resolutions of its layers, where the method found a network that need not be in the space, as 0-0-1-2-1.
+        path_accuracy: true accuracy of that, in points; None: the truth has no row for it.
         n: architectures that the figures are over: those with a rank and a row in the truth.
         figures: by name in `FIGURES`; None where it is not defined. accuracy: true accuracy of `pick`, in points.
             regret_topk: the best true accuracy less the best among the first k. macs_ratio: MACs of `pick` over those
@@ -50,6 +52,7 @@ class Run:
     pick: str
     pick_within_macs: str
     path: str | None
+    path_accuracy: float | None
     n: int
     figures: dict[str, float | None]
     undefined: dict[str, str]
@@ -58,7 +61,13 @@ class Run:
 
 
 def describe_run(
-    label: str, budget: int, seed: int, result: SearchResult, space: SearchSpace, truth: Mapping[int, float]
+    label: str,
+    budget: int,
+    seed: int,
+    result: SearchResult,
+    space: SearchSpace,
+    truth: Mapping[int, float],
+    of_paths: Mapping[str, float],
 ) -> Run:
     """The figures of a finished search.
 
@@ -68,9 +77,15 @@ def describe_run(
         result: of the search.
         space: that was searched.
         truth: stand-alone accuracy in points, by architecture index.
+        of_paths: of paths outside the space, by slug.
     """
     ranking, default = result.ranking, space.default
     method, whole = result.config["method"], [row for row in ranking if row.images_seen == result.scores["total"]]
+    path = result.method.get("resolution_path")
+    accuracy_of_path = None
+    if path is not None:
+        found = find_candidate(space, path)
+        accuracy_of_path = truth.get(found.index) if isinstance(found, Architecture) else of_paths.get(path)
     agreed = ranking_agreement(ranking, whole, truth, method=method, by_accuracy=methods.get(method).by_accuracy)
     within = next(row for row in ranking if row.macs_ratio <= 1)
     figures: dict[str, float | None] = {
@@ -92,13 +107,19 @@ def describe_run(
         seed=seed,
         pick=result.best.architecture.slug,
         pick_within_macs=within.architecture.slug,
-        path=result.method.get("resolution_path"),
+        path=path,
+        path_accuracy=accuracy_of_path,
         n=agreed["n"],
         figures={name: figures[name] for name in FIGURES},
         undefined={name: reasons[name] for name in FIGURES if figures[name] is None},
         cost={name: result.cost[name] for name in COSTS},
         timings={name: result.timings[name] for name in TIMINGS},
     )
+
+
+def path_in_words(path: str, accuracy: float | None) -> str:
+    """`0-0-1-2-1 (71.20 % alone)`."""
+    return path if accuracy is None else f"{path} ({accuracy:.2f} % alone)"
 
 
 def _difference(a: float | None, b: float | None) -> float | None:
@@ -147,6 +168,7 @@ class Row:
 
     Attributes:
         picks: how often each architecture was picked, the most frequent first.
+        paths: what was found that need not be in the space, with its true accuracy (`Run.path_accuracy`).
         figures: by name in `FIGURES`.
         costs, timings: means, by name in `COSTS` and `TIMINGS`.
     """
@@ -155,7 +177,7 @@ class Row:
     budget: int
     num_runs: int
     picks: dict[str, int]
-    paths: tuple[str, ...]
+    paths: dict[str, float | None]
     figures: dict[str, Summary]
     costs: dict[str, float]
     timings: dict[str, float]
@@ -169,7 +191,7 @@ def summarise_runs(runs: Sequence[Run]) -> Row:
         budget=runs[0].budget,
         num_runs=len(runs),
         picks={pick: picks.count(pick) for pick in sorted(set(picks), key=lambda pick: (-picks.count(pick), pick))},
-        paths=tuple(dict.fromkeys(run.path for run in runs if run.path is not None)),
+        paths={run.path: run.path_accuracy for run in runs if run.path is not None},
         figures={
             name: summarise(
                 [run.figures[name] for run in runs], [run.undefined[name] for run in runs if name in run.undefined]

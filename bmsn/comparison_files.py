@@ -58,8 +58,8 @@ def write_tables(
         "methods_over_seeds": [
             {
                 "budget": row.budget, "method": row.label, "seeds": row.num_runs, "picks": row.picks,
-                "paths": list(row.paths), "figures": {k: v.as_dict() for k, v in row.figures.items()},
-                "costs": row.costs,
+                "paths": list(row.paths), "accuracy_of_paths": row.paths,
+                "figures": {k: v.as_dict() for k, v in row.figures.items()}, "costs": row.costs,
             }
             for row in rows
         ],
@@ -73,7 +73,8 @@ def write_tables(
         "runs": [
             {
                 "budget": run.budget, "method": run.label, "seed": run.seed, "pick": run.pick,
-                "pick_within_macs": run.pick_within_macs, "path": run.path, "n": run.n, "figures": run.figures,
+                "pick_within_macs": run.pick_within_macs, "path": run.path,
+                "path_accuracy": run.path_accuracy, "n": run.n, "figures": run.figures,
                 "undefined": run.undefined, "cost": run.cost,
             }
             for run in runs
@@ -92,7 +93,7 @@ def _row_cells(row: Row) -> dict[str, str | int]:
         "method": row.label,
         "seeds": row.num_runs,
         "picks": " ".join(f"{pick}:{count}" for pick, count in row.picks.items()),
-        "paths": " ".join(row.paths),
+        "paths": " ".join(path if of is None else f"{path}:{of:.3f}" for path, of in row.paths.items()),
         **_figure_cells(row.figures),
         **{name: f"{value:.0f}" for name, value in row.costs.items()},
         **{name: f"{value:.2f}" for name, value in row.timings.items()},

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from bmsn.errors import InputError
+from bmsn.paths import Candidate, find_candidate
 from bmsn.space import Architecture, SearchSpace
 
 _BY_MACS = "MACs decide the ranking or the truth"
@@ -29,10 +30,23 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
     Args:
         source: "paper" (published for resnet20-cifar10: Javan et al. 2023, table 6), or a CSV file with the columns
             `stage_depths` (as 4-3-3) and `accuracy_mean`.
-        space: whose architectures they are; those that have no row are left out.
+        space: whose architectures they are; those that have no row are left out. Rows of paths outside the space, as
+            0-0-1-2-1, are for `load_truth_of_paths`.
     Raises:
         InputError: no such table, a column or value that is not there, or an architecture of another space.
     """
+    truth = {c.index: accuracy for c, accuracy in _read_truth(source, space).items() if isinstance(c, Architecture)}
+    if len(truth) < 3:
+        raise InputError(f"truth {source}: at least 3 architectures of {space.name} are needed; got {len(truth)}")
+    return truth
+
+
+def load_truth_of_paths(source: str, space: SearchSpace) -> dict[str, float]:
+    """The same of paths of resolutions outside the space, by slug; empty where the table has none."""
+    return {c.slug: accuracy for c, accuracy in _read_truth(source, space).items() if not isinstance(c, Architecture)}
+
+
+def _read_truth(source: str, space: SearchSpace) -> dict[Candidate, float]:
     if source == "paper":
         if space.name not in PUBLISHED:
             raise InputError(f"truth 'paper' is published for {', '.join(PUBLISHED)} only; the space is {space.name}")
@@ -46,13 +60,13 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
     missing = {"stage_depths", "accuracy_mean"} - set(reader.fieldnames or ())
     if missing:
         raise InputError(f"truth {source}: column {', '.join(sorted(missing))} is missing; found {reader.fieldnames}")
-    truth: dict[int, float] = {}
+    truth: dict[Candidate, float] = {}
     for number, row in enumerate(reader, start=1):
         try:
-            index = space.find(row["stage_depths"] or "").index
+            candidate = find_candidate(space, row["stage_depths"] or "")
         except InputError as error:
             raise InputError(f"truth {source}: row {number}: {error}") from error
-        if index in truth:
+        if candidate in truth:
             raise InputError(f"truth {source}: row {number}: stage_depths {row['stage_depths']} stands there twice")
         try:
             accuracy = float(row["accuracy_mean"])
@@ -62,9 +76,7 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
             raise InputError(
                 f"truth {source}: row {number}: accuracy_mean must be in [0, 100]; got {row['accuracy_mean']!r}"
             )
-        truth[index] = accuracy
-    if len(truth) < 3:
-        raise InputError(f"truth {source}: at least 3 architectures of {space.name} are needed; got {len(truth)}")
+        truth[candidate] = accuracy
     return truth
 
 

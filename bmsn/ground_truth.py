@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import tyro
 
-from bmsn.accuracy_table import pareto_lines
+from bmsn.accuracy_table import AccuracyRow, pareto_lines
 from bmsn.command import ProgressLines, run_command, until_signalled
 from bmsn.correlation import agreement
 from bmsn.truth import GroundTruth, GroundTruthConfig, run_ground_truth
@@ -34,7 +34,8 @@ def to_table(truth: GroundTruth) -> str:
     accuracy = {row.architecture.index: row.accuracy_mean for row in truth.rows if row.accuracy_mean is not None}
     rows = sorted(truth.rows, key=lambda row: -accuracy[row.architecture.index])
     lines = [f"{'architecture':<14}{'test accuracy %':>17}{'networks':>10}{'MACs':>8}"]
-    lines += [f"{row.architecture!s:<14}{row.accuracy_text:>17}{row.n:>10}{row.macs_text:>9}".rstrip() for row in rows]
+    shown: list[AccuracyRow] = [*rows, *truth.paths]
+    lines += [f"{row.architecture!s:<14}{row.accuracy_text:>17}{row.n:>10}{row.macs_text:>9}".rstrip() for row in shown]
     macs = {row.architecture.index: float(row.macs) for row in rows}
     tau = agreement(macs, accuracy, macs)["kendall_tau_b"]
     by_macs = "not defined, as one of them is constant" if tau is None else f"{tau:.3f}"

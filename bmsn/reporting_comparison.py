@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from bmsn.comparison_figures import path_in_words
 from bmsn.errors import InputError
 from bmsn.figures_comparison import comparison_figure
 from bmsn.reporting_page import Block, Cell, Code, Heading, Plot, Row, Table, Text, cell
@@ -121,7 +122,8 @@ def _picks(content: Mapping[str, Any]) -> Table:
     rows = []
     for row in content["methods_over_seeds"]:
         picks = ", ".join(f"{pick} ({count})" for pick, count in row["picks"].items())
-        picked = cell("\n".join([picks, *(f"path {path}" for path in row["paths"])]))
+        paths = row.get("accuracy_of_paths") or dict.fromkeys(row["paths"])  # older ones have no accuracies
+        picked = cell("\n".join([picks, *(f"path {path_in_words(*found)}" for found in paths.items())]))
         rows.append(Row([*_head(row), picked, *_figures(row["figures"], _PICKED)]))
     caption = (
         "accuracy: of the pick, trained alone; regret: of the pick and of the best among the first 3 and 5, in points; "

@@ -13,7 +13,7 @@ from bmsn.data.readers import split_spec
 from bmsn.errors import InputError
 from bmsn.executors import run_tasks
 from bmsn.field_types import check_types
-from bmsn.paths import Candidate
+from bmsn.paths import Candidate, ResolutionPath, as_path, parse_path, path_architecture, path_macs
 from bmsn.scheduler import Outcome, Resources, TaskProgress
 from bmsn.space import Architecture, PoolKind, SearchSpace
 from bmsn.standalone import TrainingSettings, check_data
@@ -32,6 +32,8 @@ class GroundTruthConfig:
         seeds: networks of each architecture, with seeds of their own. The table is over these seeds, whatever others
             the folder holds.
         first_seed: the smallest of the seeds.
+        paths: to train besides, with rows of their own in the table: paths of resolutions outside the space, one a
+            layer, as 0-0-1-2-1, which darts, gaea and spos-unshared-all find.
         out: folder; other processes and machines may work in the same one, and files of its folder tasks may be copied
             here from another.
         training: how each network is trained, on all training images.
@@ -43,6 +45,7 @@ class GroundTruthConfig:
     pool: PoolKind | None = None
     seeds: int = 3
     first_seed: int = 0
+    paths: tuple[str, ...] = ()
     out: Path
     training: TrainingSettings = field(default_factory=TrainingSettings)
     resources: Resources = field(default_factory=Resources)
@@ -66,10 +69,12 @@ class GroundTruth:
 
     Attributes:
         rows: one an architecture, in the space's order; those of which no network could be trained have none.
+        paths: of the paths besides, likewise.
         failed: for each network that could not be trained, as "[4,3,3] seed 0", the reason.
     """
 
     rows: tuple[AccuracyRow[Architecture], ...]
+    paths: tuple[AccuracyRow[ResolutionPath], ...]
     failed: dict[str, str]
 
 
@@ -109,6 +114,7 @@ def run_ground_truth(
         RunStopped, Interrupted: see `run_local`.
     """
     space = SearchSpace.named(SearchConfig(space=config.space, data=config.data).filled().space, pool=config.pool)
+    paths = _outside(space, config.paths)
     tasks: list[Task] = []
     synthetic = split_spec(config.data)[0] == "synthetic"
     seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -120,18 +126,30 @@ def run_ground_truth(
             check_training(space, data, config.training)
             images = Images(spec=config.data, generator_seed=generator_seed, fingerprint=data.fingerprint)
         # The dearest first: the last to finish are then cheap ones, and no worker waits long for another.
-        for architecture in sorted(space, key=space.macs, reverse=True):
-            tasks.append(make_task(space, architecture, images, seed, config.training))
+        for candidate in sorted([*space, *paths], key=lambda c: path_macs(space, as_path(space, c)), reverse=True):
+            tasks.append(make_task(space, candidate, images, seed, config.training))
     assert data is not None
     outcome = run_tasks(tasks, TaskStore(config.out / "tasks"), config.resources, should_stop, progress)
     truth = GroundTruth(
         rows=tuple(row for row in accuracy_rows(space, space, data, tasks, outcome) if row.n),
+        paths=tuple(row for row in accuracy_rows(space, paths, data, tasks, outcome) if row.n),
         failed=failures(tasks, outcome),
     )
     title = f"{space.name} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
     columns = (*CSV_COLUMNS, "pareto")
-    write_csv(config.out / "ground_truth.csv", title, columns, [row.as_dict() for row in truth.rows])
+    cells = [row.as_dict() for row in truth.rows] + [row.as_dict() for row in truth.paths]
+    write_csv(config.out / "ground_truth.csv", title, columns, cells)
     return truth
+
+
+def _outside(space: SearchSpace, texts: Sequence[str]) -> list[ResolutionPath]:
+    """The paths, each once; InputError for what is an architecture of the space."""
+    paths = [parse_path(space, text) for text in texts]
+    for path in paths:
+        inside = path_architecture(space, path)
+        if inside is not None:
+            raise InputError(f"paths must lie outside {space.name}; {path} is its {inside}")
+    return list(dict.fromkeys(paths))
 
 
 # What retraining has in common with it. -------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def search_result(accuracy: dict[str, float], method: str = "mixture", **method_
 
 def run(accuracy: dict[str, float], label: str = "mixture", seed: int = 0, known=None, **kwargs):
     result = search_result(accuracy, **kwargs)
-    return describe_run(label, 5, seed, result, SPACE, truth() if known is None else known)
+    return describe_run(label, 5, seed, result, SPACE, truth() if known is None else known, {"0-0-2-2-1-2-2": 71.5})
 
 
 FIRST = {"4-1-2": 90.0, "2-2-3": 80.0, "3-2-2": 70.0, "5-1-1": 60.0, "1-1-5": 50.0}
@@ -102,7 +102,7 @@ def test_rankings_that_are_not_by_accuracy():
 def test_a_race_counts_those_that_saw_all_images():
     result = search_result(FIRST)
     rows = [dataclasses.replace(row, images_seen=1000 if row.rank <= 3 else 200) for row in result.ranking]
-    done = describe_run("mixture", 5, 0, dataclasses.replace(result, ranking=tuple(rows)), SPACE, truth())
+    done = describe_run("mixture", 5, 0, dataclasses.replace(result, ranking=tuple(rows)), SPACE, truth(), {})
     assert done.n == 3
     assert done.figures["kendall_tau_b"] == pytest.approx((2 - 1) / 3)
 
@@ -149,16 +149,26 @@ def test_without_a_row_in_the_truth():
     )
     nothing = run(FIRST, known={SPACE.find("1-2-4").index: 3.0})
     assert nothing.n == 0
-    assert nothing.undefined["regret_top1"] == "no architecture has both a rank and a row in the truth"
+    assert nothing.undefined["regret_top1"] == "no row in the truth for the first"
+    assert nothing.undefined["kendall_tau_b"] == "0 of them in the truth"
 
 
-def test_a_path_outside_the_space_is_named():
-    done = run(FIRST, resolution_path="0-0-1-2-1-1-2")
+def test_a_path_is_named_with_its_accuracy_where_the_truth_has_it(tmp_path):
+    """Outside the space with a row of its own, without one, and inside it."""
+    paths = ("0-0-2-2-1-2-2", "0-0-1-2-1-1-2", "0-0-0-1-1-2-2")  # the last is [3,2,2]
+    runs = tuple(run(FIRST, seed=seed, resolution_path=path) for seed, path in enumerate(paths))
+    assert [done.path_accuracy for done in runs] == [71.5, None, TRUTH["3-2-2"]]
     comparison = Comparison(
-        rows=(summarise_runs([done]),), paired=(), runs=(done,), failed={}, missing=("1-2-4",), num_architectures=15
+        rows=(summarise_runs(runs),), paired=(), runs=runs, failed={}, missing=("1-2-4",), num_architectures=15
     )
     table = to_table(comparison)
-    assert "mixture also found 0-0-1-2-1-1-2, resolutions by layer." in table
+    found = f"0-0-2-2-1-2-2 (71.50 % alone), 0-0-1-2-1-1-2, 0-0-0-1-1-2-2 ({TRUTH['3-2-2']:.2f} % alone)"
+    assert f"mixture also found {found}, resolutions by layer." in table
+    write_tables(tmp_path, comparison.rows, [], runs, {"space": "s", "data": "d", "truth": "t", "seeds": [0]}, ())
+    (row,) = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()[1:])
+    assert row["paths"] == f"0-0-2-2-1-2-2:71.500 0-0-1-2-1-1-2 0-0-0-1-1-2-2:{TRUTH['3-2-2']:.3f}"
+    content = json.loads((tmp_path / "comparison.json").read_text())
+    assert [each["path_accuracy"] for each in content["runs"]] == [71.5, None, TRUTH["3-2-2"]]
     assert "without a row in the truth: 1-2-4" in table
     assert "Figures over 5 of 15 architectures" in table
 

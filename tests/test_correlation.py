@@ -14,6 +14,7 @@ from bmsn.correlation import (
     REGRETS,
     agreement,
     load_truth,
+    load_truth_of_paths,
     partial_kendall,
     ranking_agreement,
     why_undefined,
@@ -116,6 +117,18 @@ def test_what_a_ranking_is_by():
     by_macs = ranking_agreement(rows, rows, truth, method="macs", by_accuracy=False)
     assert by_macs["kendall_tau_b"] == pytest.approx(tau_b([7, 7, 3, 1], [80, 70, 90, 60]))
     assert why_undefined(by_macs) == ""  # that MACs say nothing more, given MACs, needs no words
+
+
+def test_paths_outside_the_space_have_rows_of_their_own(tmp_path):
+    space, table = SearchSpace.named("resnet14-cifar10"), tmp_path / "truth.csv"
+    table.write_text("stage_depths,accuracy_mean\n3-2-2,90\n0-0-0-2-2-2-2,71.5\n4-1-2,91\n2-2-3,89\n")
+    assert load_truth(str(table), space) == {
+        space.find(a).index: x for a, x in [("3-2-2", 90), ("4-1-2", 91), ("2-2-3", 89)]
+    }
+    assert load_truth_of_paths(str(table), space) == {"0-0-0-2-2-2-2": 71.5}
+    table.write_text(table.read_text() + "0-0-0-1-1-2-2,90\n")  # that of [3,2,2]
+    with pytest.raises(InputError, match="row 5: stage_depths 0-0-0-1-1-2-2 stands there twice"):
+        load_truth(str(table), space)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import bmsn
 import bmsn.executors
 import bmsn.tasks
 import bmsn.truth
-from bmsn.correlation import load_truth
+from bmsn.correlation import load_truth, load_truth_of_paths
 from bmsn.data.synthetic import generate_synthetic
 from bmsn.ground_truth import main
 from bmsn.scheduler import Outcome
@@ -229,6 +229,22 @@ def test_a_signal_ends_it_with_its_processes(flags, tmp_path):
     assert not claims(folder)
 
 
+def test_paths_have_rows_of_their_own(finished, flags, tmp_path, capsys):
+    """Trained beside what is there; a search's truth are the architectures, as before."""
+    path = "0-0-0-2-2-2-2"
+    shutil.copytree(finished[0] / "tasks", tmp_path / "tasks")
+    assert main([*flags, "--out", str(tmp_path), "--paths", path]) == 0
+    assert len(list((tmp_path / "tasks").glob("*.json"))) == 32
+    *rows, added = table(tmp_path)
+    assert rows == table(finished[0])
+    assert (added["stage_depths"], added["n"]) == (path, "2")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith(path)]
+    assert f"{float(added['accuracy_mean']):.2f}" in line
+    truth = str(tmp_path / "ground_truth.csv")
+    assert len(load_truth(truth, SPACE)) == 15
+    assert load_truth_of_paths(truth, SPACE) == {path: float(added["accuracy_mean"])}
+
+
 def test_bad_input_found_by_a_process_ends_the_command(flags, tmp_path):
     code, _, err = run(*command(tmp_path / "truth", flags, faults="images:5-1-1:0:9"))
     assert code == 2
@@ -343,6 +359,8 @@ def test_bad_input(flags, spec, tmp_path, capsys):
         (["--batch-size", "500"], "batch_size must be in 2..128, the number of training images; got 500"),
         (["--data", blind], "has no test images"),
         (["--data", f"npz:{tmp_path}/none.npz"], "does not exist"),
+        (["--paths", "0-0-0-1-1-2-2"], "paths must lie outside resnet14-cifar10; 0-0-0-1-1-2-2 is its [3,2,2]"),
+        (["--paths", "0-0-3-1-1-2-2"], "does not fit resnet14-cifar10"),
         (["--slurm", "timeout_min=3"], "slurm is for executor submitit; the executor is local"),
         (["--executor", "submitit"], "executor submitit needs the submitit package: pip install 'bmsn[submitit]'"),
         (["--out", str(tmp_path / "file")], "cannot be written to: Not a directory"),
