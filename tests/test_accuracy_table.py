@@ -46,7 +46,7 @@ def test_rows_that_no_other_beats_are_on_the_front(rows):
 def test_printed_tables_have_stars(rows):
     legend = "*: Pareto front, the 3 that no other is as cheap and more accurate than."
     stars = {str(SPACE.find(slug)) for slug in FRONT}
-    truth = GroundTruth(rows=tuple(row for row in rows if row.n), failed={})
+    truth = GroundTruth(rows=tuple(row for row in rows if row.n), paths=(), failed={})
     table = ground_truth.to_table(truth)
     assert {line.split()[0] for line in table.splitlines() if line.endswith("x*")} == stars
     assert legend in table.splitlines()
