@@ -17,7 +17,7 @@ from bmsn.trainer import learning_rate
     ("preset", "space", "expected", "procedure"),
     [
         ("default", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=1e-3, weight_decay=1e-3, schedule="inverse",
-         balance_every=1, epochs=400, score="best", momentum=0.9),
+         balance_every=1, epochs=400, score="best", momentum=0.9, split_after=0),
          dict(ema_decay=0.9, tol=1e-12, milestones=(), anneal="step")),
         ("paper", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=0.0, weight_decay=1e-3,
          schedule="temperature", balance_every=1, epochs=400, score="best"),
@@ -42,8 +42,11 @@ def test_the_built_in_set_has_settings_of_its_own():
     config = SearchConfig().filled()
     assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 64)
     assert (config.score, config.rank_by) == ("pairs", "best")
+    assert config.split_after == 0.5
+    assert SearchConfig(method="spos").filled().split_after == 0
+    assert SearchConfig(split_after=0.0).filled().split_after == 0
     paper = SearchConfig(preset="paper").filled()
-    assert (paper.batch_size, paper.score) == (256, "best")
+    assert (paper.batch_size, paper.score, paper.split_after) == (256, "best", 0)
     other = SearchConfig(supernets=3, batch_size=128, score="best").filled()
     assert (other.epochs, other.batch_size, other.score, other.rank_by) == (54, 128, "best", "assigned")
 

@@ -30,7 +30,7 @@ OPTIONAL_SETTINGS = (
     "alpha_lr", "max_macs", "rank_by", "average_last", "adapt", "adapt_lr", "start_accuracy",
     "split_after",
 )  # fmt: skip
-_FITS_ALL = {"rank_by": "assigned"}  # beside the default
+_FITS_ALL = {"rank_by": "assigned", "split_after": 0.0}  # beside the default
 
 
 @dataclass
