@@ -244,7 +244,7 @@ def run_comparison(
         progress: called about once a second.
     Raises:
         InputError: settings, data, truth or folder that cannot be used; found before the first search where it can be.
-        RunStopped, Interrupted: see `run_local`.
+        RunStopped, Interrupted, OSError: see `run_local`.
     """
     if len(config.all_budgets) > 1:
         check_drawing()

@@ -111,7 +111,7 @@ def run_ground_truth(
         progress: called about once a second.
     Raises:
         InputError: settings, data or folder that cannot be used.
-        RunStopped, Interrupted: see `run_local`.
+        RunStopped, Interrupted, OSError: see `run_local`.
     """
     space = SearchSpace.named(SearchConfig(space=config.space, data=config.data).filled().space, pool=config.pool)
     paths = _outside(space, config.paths)
