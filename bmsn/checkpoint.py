@@ -95,7 +95,7 @@ def write_atomically(path: str | Path, data: bytes | Callable[[Writable], object
         path: the file; its folder exists.
         data: the content, or a function that writes it to the binary file that it is given.
     Raises:
-        OSError: disk full, ...; the old file is unchanged and nothing is left behind.
+        OSError: disk full, ...; it names `path`. The old file is unchanged and nothing is left behind.
     """
     path = Path(path)
     temporary = path.with_name(f".bmsn-{path.name}.{os.getpid()}.tmp")
@@ -111,9 +111,11 @@ def write_atomically(path: str | Path, data: bytes | Callable[[Writable], object
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename, error.filename2 = str(path), None  # a failed write names no file, others the temporary one
         raise
     sync_folder(path.parent)
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from bmsn.errors import InputError, RunStopped
+from bmsn.errors import InputError, RunStopped, is_disk_error
 from bmsn.progress import clock, say
 from bmsn.run import Interrupted
 from bmsn.runfolder import SignalFlag
@@ -72,6 +72,12 @@ def run_command(program: str, run: Callable[[], tuple[str, Mapping[str, str]]]) 
         return EXIT_INPUT
     except RunStopped as error:
         say(f"{program}: stopped: {error}")
+        return EXIT_STOPPED
+    except OSError as error:
+        if not is_disk_error(error):
+            raise
+        place = "" if error.filename is None else f"{error.filename}: "
+        say(f"{program}: stopped: {place}{error.strerror}; what was finished before is kept")
         return EXIT_STOPPED
     is_printed = _print_result(program, text)
     for label, reason in failed.items():

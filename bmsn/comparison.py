@@ -244,7 +244,7 @@ def run_comparison(
         progress: called about once a second.
     Raises:
         InputError: settings, data, truth or folder that cannot be used; found before the first search where it can be.
-        RunStopped, Interrupted: see `run_local`.
+        RunStopped, Interrupted, OSError: see `run_local`.
     """
     if len(config.all_budgets) > 1:
         check_drawing()
@@ -285,7 +285,8 @@ def run_comparison(
         num_architectures=len(space),
     )
     about = {
-        "space": space.name, "pool": space.pool, "data": config.data, "data_fingerprint": data.fingerprint,
+        "space": space.spec, "space_name": space.name, "pool": space.pool,
+        "data": config.data, "data_fingerprint": data.fingerprint,
         "truth": config.truth, "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
         "budgets": list(config.all_budgets), "settings": parse_settings(config.settings),
         "methods": [{"label": s.label, "method": s.method, "settings": s.settings} for s in config.specs],

@@ -39,10 +39,10 @@ def write_tables(
     same searches are equal but for them.
 
     Args:
-        about: what determines the searches.
+        about: what determines the searches; `space` as `SearchSpace.named` takes it, `space_name` in words.
         missing: architectures without a row in the truth.
     """
-    title = f"{about['space']} on {about['data']}, truth {about['truth']}, seeds {about['seeds']}; intervals: 95 %"
+    title = f"{about['space_name']} on {about['data']}, truth {about['truth']}, seeds {about['seeds']}; intervals: 95 %"
     columns = ("budget", "method", "seeds", "picks", "paths", *_FIGURE_COLUMNS, *COSTS, *TIMINGS)
     write_csv(folder / "comparison.csv", title, columns, [_row_cells(row) for row in rows])
     columns = ("budget", "method", "baseline", *_FIGURE_COLUMNS)

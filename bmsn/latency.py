@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -78,6 +78,7 @@ def measure_latency(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     device: str = "auto",
     rounds: int = 9,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Latency:
     """Measures networks of a space, with weights that they share: what the weights are changes no time.
 
@@ -95,6 +96,7 @@ def measure_latency(
         batch_sizes: images in a forward pass.
         device: auto, cpu or cuda.
         rounds: timings of each network at each batch size.
+        before_each: called before a network is built, warmed up or timed; what it raises ends the measurement.
     Raises:
         InputError: a batch size or number of rounds below 1, an architecture of another space, or no such device.
     """
@@ -104,14 +106,14 @@ def measure_latency(
     where = resolve_device(device)
     dtype = compute_dtype(where)
     with torch.random.fork_rng(devices=[]):  # building draws weights, and torch's random state belongs to the caller
-        networks = _networks(space, chosen, num_classes, in_channels, where, dtype)
+        networks = _networks(space, chosen, num_classes, in_channels, where, dtype, before_each)
     size = image_size or space.image_size
     times: dict[str, dict[int, tuple[float, float, float]]] = {a.slug: {} for a in chosen}
     spread = {}
     for batch_size in batch_sizes:
         images = torch.rand(batch_size, in_channels, size, size, generator=torch.Generator()).to(where, dtype)
         images = images.contiguous(memory_format=torch.channels_last)
-        measured = _rounds(networks, images, rounds)  # (A, rounds) seconds
+        measured = _rounds(networks, images, rounds, before_each)  # (A, rounds) seconds
         quartiles = 1000 * np.quantile(measured, [0.25, 0.5, 0.75], axis=1).T
         for a, (low, median, high) in zip(chosen, quartiles.tolist(), strict=True):
             times[a.slug][batch_size] = (low, median, high)
@@ -133,11 +135,13 @@ def _networks(
     in_channels: int,
     device: torch.device,
     dtype: torch.dtype,
+    before_each: Callable[[], None] = lambda: None,
 ) -> list[nn.Module]:
     """Networks without BatchNorm that share one set of parameters, which all architectures of a space can."""
     shared: list[nn.Parameter] | None = None
     networks = []
     for architecture in architectures:
+        before_each()
         with torch.device("cpu" if shared is None else "meta"):  # there is no memory for 560 times the same weights
             network = fold_batch_norm(build_network(space, architecture, num_classes, in_channels).eval())
         if shared is None:
@@ -171,16 +175,20 @@ def fold_batch_norm(network: nn.Module) -> nn.Module:
 
 
 @torch.inference_mode()
-def _rounds(networks: Sequence[nn.Module], images: torch.Tensor, rounds: int) -> np.ndarray:
+def _rounds(
+    networks: Sequence[nn.Module], images: torch.Tensor, rounds: int, before_each: Callable[[], None]
+) -> np.ndarray:
     """(A, rounds) seconds of a forward pass; within a round the networks come in a shuffled order."""
     repeats = []
     for network in networks:
+        before_each()
         network(images)  # kernels are chosen, memory is got
         repeats.append(max(1, math.ceil(_TIMING_SECONDS / max(1e-6, _seconds(network, images, 1)))))
     seconds = np.empty((len(networks), rounds))
     order = np.random.default_rng(0)
     for number in range(rounds):
         for place in order.permutation(len(networks)):
+            before_each()
             seconds[place, number] = _seconds(networks[place], images, repeats[place])
     return seconds
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,8 +90,8 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     missing = ", ".join(content.get("truth_missing", ()))
     blocks: list[Block] = [
         Text(
-            f"{content['space']} on {content['data']} against the truth {content['truth']}, seeds "
-            f"{', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
+            f"{content.get('space_name', content['space'])} on {content['data']} against the truth {content['truth']}, "
+            f"seeds {', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
             "interval of the mean, which is too narrow over few seeds; the differences seed by seed have Student's "
             "beside it, comparison.json has it for all."
             + (f" Without a row in the truth: {missing}." if missing else "")
@@ -115,7 +116,8 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     }
     blocks += [Text(f"Not defined: {reason}") for reason in sorted(undefined)]
     about = {key: content[key] for key in _TO_REPRODUCE if key in content}
-    return [*blocks, Heading("To reproduce"), Code(yaml.safe_dump(about, sort_keys=False, allow_unicode=True).rstrip())]
+    text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=math.inf)  # a space of one's own is long
+    return [*blocks, Heading("To reproduce"), Code(text.rstrip())]
 
 
 def _picks(content: Mapping[str, Any]) -> Table:

@@ -115,13 +115,26 @@ def _of_tree(space: SearchSpace, record: Mapping[str, Any]) -> Ranking:
     return sampler.rank()
 
 
+def _of_resolutions(space: SearchSpace, record: Mapping[str, Any]) -> Ranking:
+    """By the mean over its layers of the averages at their resolutions; one that never trained leaves nothing to say.
+
+    So does `spos-unshared-all` itself. `spos-unshared` has an average for each architecture, which no record holds.
+    """
+    accuracy = np.where(np.array(record["visits"]) > 0, np.array(record["accuracy"], np.float64), np.nan)  # (L, R)
+    return _by_estimate(_along_paths(space, accuracy).mean(1), np.zeros(len(space), np.int64))
+
+
 def _of_shares(space: SearchSpace, record: Mapping[str, Any]) -> Ranking:
     """By the geometric mean of the shares along its path, from layer 1 on."""
-    shares = np.array(record["shares"], np.float64)
-    layers = np.arange(1, space.num_layers)
-    chosen = np.array([shares[layers, architecture_path(space, a).resolutions[1:]] for a in space])
+    chosen = _along_paths(space, np.array(record["shares"], np.float64))[:, 1:]
     with np.errstate(divide="ignore"):  # a share of 0
         return _by_estimate(np.exp(np.log(chosen).mean(1)), np.full(len(space), -1))
+
+
+def _along_paths(space: SearchSpace, values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(C, L): for each architecture its layers' values at their resolutions, of (L, R)."""
+    layers = np.arange(space.num_layers)
+    return np.array([values[layers, architecture_path(space, a).resolutions] for a in space])
 
 
 def _by_estimate(estimate: NDArray[np.float64], supernet: NDArray[np.int64]) -> Ranking:
@@ -157,6 +170,10 @@ _SNAPSHOTS = {
         rank=_of_tree,
         ranked_by="visits in the tree, from its root down, {} (accuracies are mean rewards)",
         by_accuracy=False,
+    ),
+    "resolutions": _Snapshot(
+        rank=_of_resolutions,
+        ranked_by="the mean over layers of the moving averages of validation accuracies at their resolutions {}",
     ),
     "alpha": _Snapshot(
         rank=_of_shares,

@@ -103,7 +103,7 @@ def run_retraining(
         progress: called about once a second.
     Raises:
         InputError: a run that is unfinished, of another schema or whose images have changed; settings that cannot be.
-        RunStopped, Interrupted: see `run_local`.
+        RunStopped, Interrupted, OSError: see `run_local`.
     """
     result = read_result(config.run)
     space = SearchSpace.named(result.config["space"], pool=result.config["pool"])

@@ -64,8 +64,8 @@ def run_search(
         data: the images; None: what `config.data` names. Where it names none, the run stores given:NAME, the name of
             these images, and is resumed by passing them again.
         space: one's own search space; None: what `config.space` names. The run stores its arguments.
-        should_stop: asked after every step, and after every batch of a scoring; True saves the state and raises
-            Interrupted.
+        should_stop: asked after every step, after every batch of a scoring and before every timing of `latency`; True
+            saves the state and raises Interrupted.
         progress: called as often with what is known without waiting: `step`, `num_steps`, `accuracy` (mean over the
             validation batches since the last training record of metrics.jsonl; None: there was none),
             `images_per_second`, `seconds_left` and the other fields of that record; while scoring also `pairs_scored`
@@ -206,7 +206,7 @@ def _search(
     scores = loop.score()
     ranked = loop.rank(scores)
     finished = time.perf_counter()
-    latency = _latency(loop) if config.latency else None
+    latency = _latency(loop, lambda: stop_if_asked("while measuring latency ")) if config.latency else None
     result = SearchResult(
         ranking=ranked,
         config=config.as_dict(),
@@ -259,11 +259,11 @@ def _notes(loop: SearchLoop, scores: Scores | Race) -> tuple[str, ...]:
     return (*notes, *loop.method.notes())
 
 
-def _latency(loop: SearchLoop) -> Latency:
+def _latency(loop: SearchLoop, before_each: Callable[[], None]) -> Latency:
     data = loop.data
     return measure_latency(
         loop.space, loop.searched, num_classes=data.num_classes, in_channels=data.in_channels,
-        image_size=data.image_size, device=loop.config.device,
+        image_size=data.image_size, device=loop.config.device, before_each=before_each,
     )  # fmt: skip
 
 

@@ -141,6 +141,7 @@ def run_local(
     Raises:
         InputError: the device, or images that a process finds to be others.
         RunStopped: processes cannot be started.
+        OSError: the disk takes no more; what was finished before is kept.
         Interrupted: `should_stop` said so; what is finished is kept.
     """
     device = resolve_device(resources.device).type
@@ -266,6 +267,8 @@ class _Scheduler(Generic[W, R]):
                 worker.task = None
             case "input":
                 raise InputError(content)
+            case "disk":  # whatever is done next could not be kept either
+                raise content
             case "stopped":  # it would stop there again
                 self._fail(worker, content, final=True)
             case "error":

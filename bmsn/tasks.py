@@ -270,8 +270,12 @@ class Store(ABC, Generic[W, R]):
                     path.rename(away)
                     away.unlink()
                 continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(_OWNER | {"pid": os.getpid()}, file)
+            try:
+                with os.fdopen(descriptor, "w") as file:
+                    json.dump(_OWNER | {"pid": os.getpid()}, file)
+            except OSError as error:  # a full disk; an empty claim would keep everyone waiting until it is stale
+                path.unlink(missing_ok=True)
+                raise OSError(error.errno, error.strerror, str(path)) from error
             self._claimed.add(task.name)
             return True
         return False

@@ -111,7 +111,7 @@ def run_ground_truth(
         progress: called about once a second.
     Raises:
         InputError: settings, data or folder that cannot be used.
-        RunStopped, Interrupted: see `run_local`.
+        RunStopped, Interrupted, OSError: see `run_local`.
     """
     space = SearchSpace.named(SearchConfig(space=config.space, data=config.data).filled().space, pool=config.pool)
     paths = _outside(space, config.paths)
@@ -135,7 +135,7 @@ def run_ground_truth(
         paths=tuple(row for row in accuracy_rows(space, paths, data, tasks, outcome) if row.n),
         failed=failures(tasks, outcome),
     )
-    title = f"{space.name} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
+    title = f"{space.spec} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
     columns = (*CSV_COLUMNS, "pareto")
     cells = [row.as_dict() for row in truth.rows] + [row.as_dict() for row in truth.paths]
     write_csv(config.out / "ground_truth.csv", title, columns, cells)

@@ -20,7 +20,7 @@ from typing import Any, Generic
 import torch
 
 from bmsn.checkpoint import environment
-from bmsn.errors import InputError, RunStopped
+from bmsn.errors import InputError, RunStopped, is_disk_error
 from bmsn.memory import keep_freed_memory
 from bmsn.tasks import Place, W, Work
 
@@ -78,7 +78,8 @@ class Worker(Generic[W]):
     def receive(self) -> tuple[str, Any]:
         """The next message: its kind and content.
 
-        ready: None. share: of the task. done: its result. input, stopped, error: a text; see `_perform`.
+        ready: None. share: of the task. done: its result. disk: an OSError. input, stopped, error: a text; see
+        `_perform`.
 
         Raises:
             EOFError: the process has ended; the message says how.
@@ -130,7 +131,8 @@ def _end_with_parent() -> None:
 
 
 def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any]:
-    """The message that answers a task: done, input (bad input), stopped (would stop there again) or error."""
+    """The message that answers a task: done, input (bad input), disk (takes no more), stopped (would
+    stop there again) or error."""
     sent = -math.inf
 
     def tell(share: float) -> None:
@@ -142,12 +144,13 @@ def _perform(task: Work, place: Place, connection: Connection) -> tuple[str, Any
     try:
         return "done", task.perform(place, tell)
     except InputError as error:
-        return "input", str(error)
+        cause = error.__cause__
+        return ("disk", OSError(cause.errno, str(error))) if is_disk_error(cause) else ("input", str(error))
     except RunStopped as error:
         if isinstance(error.__cause__, torch.OutOfMemoryError):  # others on the GPU may end
             return "error", str(error)
         return "stopped", str(error)
     except (BrokenPipeError, ConnectionResetError):
         raise
-    except Exception:
-        return "error", traceback.format_exc()
+    except Exception as error:
+        return ("disk", error) if is_disk_error(error) else ("error", traceback.format_exc())

@@ -69,6 +69,20 @@ def test_messages_that_nobody_takes(broken, monkeypatch, capsys):
     assert capsys.readouterr().out == "the result\nthe result\n"
 
 
+def test_a_full_disk_stops_a_run_with_one_line(capsys):
+    def full(*arguments) -> tuple[str, dict[str, str]]:
+        raise OSError(*arguments)
+
+    assert run_command("here", lambda: full(errno.ENOSPC, "No space left on device", "runs/table.csv")) == 3
+    assert run_command("here", lambda: full(errno.EDQUOT, "Disk quota exceeded")) == 3
+    kept = "what was finished before is kept"
+    assert capsys.readouterr().err == (
+        f"here: stopped: runs/table.csv: No space left on device; {kept}\nhere: stopped: Disk quota exceeded; {kept}\n"
+    )
+    with pytest.raises(FileNotFoundError):  # of our own
+        run_command("here", lambda: full(errno.ENOENT, "No such file or directory", "runs/table.csv"))
+
+
 def test_a_broken_pipe_inside_a_run_is_an_error_of_its_own():
     def breaks() -> tuple[str, dict[str, str]]:
         raise BrokenPipeError

@@ -17,6 +17,7 @@ import pytest
 import bmsn
 from bmsn.compare import main
 from bmsn.comparison_files import TIMINGS
+from checkpoints import file_size_limit
 from searching import write_tiny_images, write_truth
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
@@ -115,6 +116,19 @@ def test_what_is_finished_is_not_run_again(finished, folder, capsys):
     assert main(flags(folder, "finished")) == 0
     assert capsys.readouterr().out == printed
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/result.json")} == stamps
+
+
+@pytest.mark.parametrize("size", [100, 4000], ids=["comparison.csv", "comparison.json"])
+def test_a_full_disk_stops_it_with_one_line(size, request, finished, folder, capsys):
+    out, printed = finished
+    with file_size_limit(size):
+        assert main(flags(folder, "finished")) == 3
+    name = out / request.node.callspec.id
+    assert capsys.readouterr() == (
+        "", f"python -m bmsn.compare: stopped: {name}: File too large; what was finished before is kept\n"
+    )  # fmt: skip
+    assert main(flags(folder, "finished")) == 0
+    assert capsys.readouterr().out == printed
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_the_same(finished, folder):

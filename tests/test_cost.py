@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ import bmsn
 import bmsn.latency
 from bmsn.cost import pareto_front, parse_max_macs, within_macs
 from bmsn.latency import fold_batch_norm
+from bmsn.loop import SearchLoop
 from bmsn.result import SearchResult
 from bmsn.retraining import RetrainConfig, run_retraining
-from searching import write_tiny_images
+from bmsn.search import main
+from searching import tiny_flags, write_tiny_images
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
 MACS = [SPACE.macs(a, num_classes=4) for a in SPACE]
@@ -268,6 +272,41 @@ def test_rounds_are_interleaved_and_the_median_is_taken(monkeypatch):
     assert "the machine was busy, so do not trust small differences" in latency.note
     rounds = [set(calls[i : i + 3]) for i in range(len(calls) - 9, len(calls), 3)]
     assert rounds == [{0, 1, 2}] * 3
+
+
+@pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_measurement_of_a_search(number, exit_code, spec, tmp_path, monkeypatch, capsys):
+    """Between two networks; what was trained is kept."""
+    out, timed = tmp_path / "run", []
+
+    def signalled(*arguments) -> float:
+        timed.append(arguments)
+        if len(timed) == 4:
+            os.kill(os.getpid(), number)
+        return 1.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bmsn.latency, "_seconds", signalled)
+        assert main(tiny_flags(spec, fast_eval=True, latency=True, out=out)) == exit_code
+    assert len(timed) == 4
+    assert f"interrupted while measuring latency at step 8 of 8; go on with --resume --out {out}" in (
+        capsys.readouterr().err
+    )
+    assert not (out / "result.json").exists()
+    monkeypatch.setattr(SearchLoop, "advance", lambda loop: pytest.fail("it trains again"))
+    monkeypatch.setattr(bmsn.latency, "_seconds", lambda *arguments: 1.0)
+    assert main(["--resume", "--out", str(out)]) == 0
+    assert "Latency on " in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_building_of_networks():
+    """Of 560 large ones that takes longer than their timing."""
+
+    def stop() -> None:
+        raise bmsn.Interrupted("asked to")
+
+    with pytest.raises(bmsn.Interrupted):
+        bmsn.latency._networks(SPACE, list(SPACE), 4, 3, torch.device("cpu"), torch.float32, stop)
 
 
 def test_a_quiet_machine_is_not_called_busy():

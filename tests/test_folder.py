@@ -76,6 +76,20 @@ def test_class_folders(tmp_path: Path, capfd: pytest.CaptureFixture, caplog: pyt
     assert (data.name, data.class_names) == ("pets", ("cat", "dog"))
 
 
+def test_what_is_hidden_does_not_count(tmp_path: Path):
+    """Files and folders, at the top, in the parts and deep inside a class; folders that are not hidden do count."""
+    for part in ("train", "test"):
+        write_classes(tmp_path / part, ["a/deep", "b"], 2)
+    before = open_dataset(f"folder:{tmp_path}")
+    assert before.train_labels.tolist() == [0, 0, 1, 1]
+    hidden = (".git", "train/.c", "test/.c", "train/a/.thumbnails", "train/a/deep/.x/y", "test/b/.ipynb_checkpoints")
+    write_classes(tmp_path, list(hidden), 1, seed=1)
+    (tmp_path / "train" / "b" / "._0.png").write_bytes(b"not an image")
+    after = open_dataset(f"folder:{tmp_path}")
+    assert after.fingerprint == before.fingerprint
+    assert (after.class_names, after.test_labels.tolist()) == (("a", "b"), [0, 0, 1, 1])
+
+
 @pytest.mark.parametrize("test_name", ["test", "val"])
 def test_train_and_test_folders(test_name, tmp_path: Path):
     train = write_classes(tmp_path / "train", ["a", "b", "c"], 2)

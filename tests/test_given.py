@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +14,16 @@ import yaml
 
 import bmsn
 from bmsn.comparison import _make_searches
+from bmsn.correlation import load_truth
 from bmsn.exporting_sources import Source, retrained
 from bmsn.interference import InterferenceConfig, run_interference
+from bmsn.reporting import write_report
 from bmsn.reporting_run import read_runs
+from bmsn.scheduler import Outcome
 from bmsn.search import main
-from bmsn.tasks import Images
-from searching import tiny_images, write_tiny_images
+from bmsn.tasks import Images, Place, TaskResult
+from html_pages import HtmlPage, do_not_draw
+from searching import tiny_images, write_tiny_images, write_truth
 
 QUICK = dict(supernets=2, epochs=2, batch_size=16, device="cpu", fast_eval=True)
 SPACE = bmsn.SearchSpace(5, 2, [4, 4, 8, 8, 8], pool="avg", image_size=8, name="mine", default=[1, 2, 2])
@@ -151,3 +156,41 @@ def test_methods_are_compared_in_a_space_of_ones_own(tmp_path):
     )  # fmt: skip
     (search,) = _make_searches(config, SPACE, tiny_images()).values()
     assert search.task.config.space == SPACE.spec
+
+
+def test_a_space_of_ones_own_can_be_made_again_from_what_a_comparison_leaves(tmp_path, monkeypatch):
+    """In its JSON file and in its report, where the text has the name."""
+    place = Place(torch.device("cpu"), {})
+
+    def perform(tasks, *arguments) -> Outcome:
+        return Outcome(results={task.name: task.perform(place, lambda share: None) for task in tasks}, failed={})
+
+    monkeypatch.setattr("bmsn.comparison.run_tasks", perform)
+    do_not_draw(monkeypatch)
+    write_truth(tmp_path / "truth.csv", SPACE, missing="")
+    config = bmsn.ComparisonConfig(
+        methods="macs", space=SPACE.spec, data=write_tiny_images(tmp_path / "tiny.npz"), budget=1, seeds=1,
+        truth=str(tmp_path / "truth.csv"), settings="batch_size=16", out=tmp_path / "compare",
+    )  # fmt: skip
+    bmsn.run_comparison(config)
+    stored = json.loads((config.out / "comparison.json").read_text())
+    assert stored["space"] == config.space
+    assert (config.out / "comparison.csv").read_text().startswith(f"# mine on {config.data}")
+    page = HtmlPage.read(write_report([config.out], tmp_path / "report.html"))
+    assert f"mine on {config.data} against the truth" in page.text
+    assert f"space: '{config.space}'" in page.text
+
+
+def test_a_space_of_ones_own_can_be_made_again_from_its_ground_truth(tmp_path, monkeypatch):
+    result = TaskResult(correct=30, total=40, loss=0.5, seconds=0.01, device="a CPU", torch="2.13")
+    monkeypatch.setattr(
+        "bmsn.truth.run_tasks",
+        lambda tasks, *arguments: Outcome(results={task.name: result for task in tasks}, failed={}),
+    )
+    bmsn.run_ground_truth(bmsn.GroundTruthConfig(
+        space=SPACE.spec, data=write_tiny_images(tmp_path / "tiny.npz"), seeds=1, out=tmp_path / "truth",
+        training=bmsn.TrainingSettings(epochs=1, batch_size=16),
+    ))  # fmt: skip
+    file = tmp_path / "truth" / "ground_truth.csv"
+    assert file.read_text().startswith(f"# {SPACE.spec} trained alone")
+    assert set(load_truth(str(file), SPACE).values()) == {75.0}

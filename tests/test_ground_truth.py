@@ -25,6 +25,7 @@ from bmsn.data.synthetic import generate_synthetic
 from bmsn.ground_truth import main
 from bmsn.scheduler import Outcome
 from bmsn.standalone import train_alone
+from checkpoints import file_size_limit
 from searching import run, start, tiny_images, write_tiny_images
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10").resized(8)  # images of the tiny sets
@@ -134,6 +135,23 @@ def test_what_is_finished_is_not_done_again(finished, flags):
     assert run(*command(folder, flags)) == (0, printed, "")
     assert len(trained(folder)) == begun
     assert len(list((folder / "tasks").glob("*.json"))) == 30
+
+
+def test_a_full_disk_stops_it_with_one_line_and_nothing_is_lost(finished, flags, tmp_path, capsys):
+    """The table does not fit, and in a folder of its own not even the first claim."""
+    folder = tmp_path / "truth"
+    shutil.copytree(finished[0], folder)
+    (folder / "ground_truth.csv").unlink()
+    kept = "File too large; what was finished before is kept\n"
+    with file_size_limit(100):
+        assert main([*flags, "--out", str(folder)]) == 3
+    assert capsys.readouterr().err.endswith(f"stopped: {folder / 'ground_truth.csv'}: {kept}")
+    assert main([*flags, "--out", str(folder)]) == 0
+    assert table(folder) == table(finished[0])
+    with file_size_limit(10):
+        assert main([*flags, "--out", str(tmp_path / "other")]) == 3
+    assert capsys.readouterr().err.endswith(f".claim: {kept}")
+    assert not claims(tmp_path / "other")
 
 
 def test_the_table_is_over_the_seeds_that_the_command_names(finished, flags, tmp_path, monkeypatch):

@@ -147,6 +147,9 @@ UNFINISHED = {
     "boltzmann": AVERAGES,
     "few-shot": AVERAGES,
     "gaea": "the shares of its resolutions after step 8",
+    "spos-unshared-all": (
+        "the mean over layers of the moving averages of validation accuracies at their resolutions after step 8"
+    ),
 }
 
 
@@ -182,7 +185,7 @@ def test_real_search(method: str, tmp_path: Path) -> None:
         (tmp_path / "run" / "result.json").unlink()
         (reported,) = read_runs([tmp_path / "run"])
         own = list(result.ranking)
-        if method == "few-shot":  # which ranks by the accuracies of the final scoring
+        if method in ("few-shot", "spos-unshared-all"):  # which rank by the accuracies of the final scoring
             own.sort(key=lambda row: row.ema_rank or len(SPACE) + row.architecture.index)
         assert [(row.architecture, row.supernet) for row in reported.rows] == [
             (row.architecture, row.supernet) for row in own
@@ -190,6 +193,35 @@ def test_real_search(method: str, tmp_path: Path) -> None:
         known = [row.other["ema_accuracy"] if method == "gaea" else row.accuracy for row in reported.rows]
         assert known == pytest.approx([row.ema_accuracy for row in own])
         assert reported.ranked_by == UNFINISHED[method]
+
+
+@pytest.mark.parametrize("method", ["spos-unshared", "spos-unshared-all"])
+def test_unfinished_run_without_weight_sharing(method: str, tmp_path: Path) -> None:
+    """Mean over layers; what passes a layer at a resolution that never trained comes last, without an accuracy."""
+    run = write_run(tmp_path / "run", SPACE, finished=False)
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("method: mixture", f"method: {method}"))
+    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"step", ' in line]
+    accuracy = np.random.default_rng(1).random((7, 3))
+    visits = np.ones((7, 3), int)
+    visits[3, 0] = accuracy[3, 0] = 0  # [4,1,2] and the two behind it
+    record = {"kind": "resolutions", "step": 95, "visits": visits.tolist(), "accuracy": accuracy.tolist()}
+    (run / "metrics.jsonl").write_text("\n".join([*steps, json.dumps(record), ""]))
+    expected = {
+        a.slug: np.mean([accuracy[layer, r] for layer, r in enumerate(np.repeat([0, 1, 2], a.stage_depths))])
+        for a in SPACE
+        if a.stage_depths[0] < 4
+    }
+    page = report(run)
+    (reported,) = read_runs([run])
+    assert [row.architecture.slug for row in reported.rows] == [
+        *sorted(expected, key=lambda slug: -expected[slug]), "4-1-2", "4-2-1", "5-1-1",
+    ]  # fmt: skip
+    assert [row.accuracy for row in reported.rows] == [
+        *map(pytest.approx, sorted(expected.values(), reverse=True)), None, None, None,
+    ]  # fmt: skip
+    by = "the mean over layers of the moving averages of validation accuracies at their resolutions after step 95"
+    assert f"Architectures are ranked by {by}" in page.text
 
 
 def test_older_schemas_have_none_of_it(tmp_path: Path) -> None:

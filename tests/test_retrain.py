@@ -14,6 +14,7 @@ import torch
 import bmsn
 from bmsn.retrain import main
 from bmsn.standalone import train_alone
+from checkpoints import file_size_limit
 from searching import run, start, tiny_images, write_tiny_images
 
 SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
@@ -98,6 +99,24 @@ def test_killed_in_the_middle_it_goes_on_and_ends_the_same(folder, tmp_path):
         path.unlink()
     assert run(*command)[:2] == (0, printed)
     assert table(folder) == resumed
+
+
+def test_a_full_disk_stops_it_with_one_line(folder, capsys):
+    """Weights that do not fit: no network is trained again and again only to be lost. Then the table."""
+    flags = [str(folder), "--architecture", "3,2,2", "--seeds", "1", *TRAINING]
+    with file_size_limit(1000):
+        assert main(flags) == 3
+    err = capsys.readouterr().err
+    assert err.endswith(".npz: File too large; what was finished before is kept\n")
+    assert "attempt" not in err
+    assert main(flags) == 0
+    done = {path: path.stat().st_mtime_ns for path in (folder / "retrain").iterdir()}
+    with file_size_limit(100):
+        assert main(flags) == 3
+    assert capsys.readouterr().err.endswith(
+        f"stopped: {folder / 'retrain.csv'}: File too large; what was finished before is kept\n"
+    )
+    assert {path: path.stat().st_mtime_ns for path in (folder / "retrain").iterdir()} == done
 
 
 def test_networks_that_fail_are_listed(folder):

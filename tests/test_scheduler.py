@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import threading
 import time
@@ -13,13 +14,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+import torch
 
 import bmsn
 import bmsn.comparison
 import bmsn.scheduler
 import bmsn.worker
 from bmsn.scheduler import Outcome, Resources, run_local
-from bmsn.tasks import Images, Task, TaskResult, TaskStore
+from bmsn.tasks import Images, Place, Task, TaskResult, TaskStore
+from bmsn.worker import _perform
 from searching import write_tiny_images, write_truth
 
 TASKS = [
@@ -35,6 +38,14 @@ LAST = TASKS[2].name
 
 class SlowTask(Task):
     kind = "slow"
+
+
+class FullTask(Task):
+    def perform(self, place: Place, progress: Callable[[float], None]) -> TaskResult:
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise bmsn.InputError("runs/a: cannot be written to: No space left on device") from error
 
 
 Life = Callable[[Connection, int], None]  # of the n-th process of a test
@@ -104,6 +115,24 @@ def test_the_last_task_of_a_resumed_run_hangs(processes, tmp_path, caplog):
     assert set(outcome.results) == {task.name for task in TASKS[:2]}
     assert outcome.failed == {LAST: "hung: no result after 0 s"}
     assert [f"attempt {n} of 3 failed" in line for n, line in enumerate(caplog.messages, 1)] == [True] * 3
+    assert not list(tmp_path.glob("*.claim"))
+
+
+def test_a_disk_that_takes_no_more_ends_it_at_once(processes, tmp_path):
+    """The others would be trained for nothing. What is bad input elsewhere is no fault of the input then."""
+    begun = []
+
+    def life(connection: Connection, number: int) -> None:
+        begun.append(number)
+        connection.send(("ready", None))
+        connection.send(_perform(connection.recv(), Place(torch.device("cpu"), {}), connection))
+
+    processes(life)
+    tasks = [FullTask(**{f.name: getattr(task, f.name) for f in dataclasses.fields(task)}) for task in TASKS]
+    with pytest.raises(OSError, match="runs/a: cannot be written to") as stopped:
+        run(tmp_path, tasks)
+    assert stopped.value.errno == errno.ENOSPC
+    assert begun == [1]
     assert not list(tmp_path.glob("*.claim"))
 
 

@@ -41,6 +41,9 @@ class _Scan:
 def read_folder(folder: Path, image_size: int | None) -> ImageDataset:
     """Reads class folders: `folder`/<class>/, or `folder`/train/<class>/ with a test set in test/, val/ or validation/.
 
+    All images below a class folder are of that class. What is hidden counts nowhere: files and folders whose names
+    begin with a dot, such as .git, or .ipynb_checkpoints with its copies.
+
     Images are decoded once into .npy files under $BMSN_CACHE (else ~/.cache/bmsn) and memory-mapped from there, so a
     data set may be larger than memory. The cache is known by what the files hold, their classes and `image_size`,
     wherever the folder lies; its content is checked by sha256 whenever it is opened, and made anew where it is damaged.
@@ -139,7 +142,8 @@ def _walk(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:  # by itself os.walk leaves out what it may not read
         raise error
 
-    for where, _, names in os.walk(folder, onerror=refuse):
+    for where, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]  # it goes into these
         yield from (Path(where, name) for name in names if not name.startswith("."))
 
 
