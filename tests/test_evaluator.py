@@ -35,7 +35,7 @@ def test_counts_equal_one_by_one_in_float64(name, pool):
 
 
 @pytest.mark.parametrize("norm", ["batch", "calibrated"])
-@pytest.mark.parametrize("name", ["resnet20-cifar10", "resnet50-cifar100"])
+@pytest.mark.parametrize("name", ["resnet20-cifar10", "resnet50-cifar100", "resnet18-imagenet"])
 def test_supernets_may_share_a_run(name, norm, monkeypatch):
     """As where the kernels are ours; with frozen statistics these also scale what they convolve."""
     nets, images, labels, _ = make_case(name, "max")
@@ -50,7 +50,9 @@ def test_supernets_may_share_a_run(name, norm, monkeypatch):
         "bmsn.execution._runs", lambda wave, mixed: runs.extend(plain(wave, mixed=mixed)) or plain(wave, mixed=mixed)
     )
     assert score_architectures(nets, images, labels, pairs, **arguments).correct.tolist() == expected
-    assert any(len({state.supernet for state in run}) == 2 for run in runs)
+    first = [[state.supernet for state in run] for run in runs if run[0].source is None]
+    assert first == [[0, 1]] * (3 if norm == "batch" else 4)  # batches, the images that statistics are of among them
+    assert any(len({state.supernet for state in run}) == 2 for run in runs if run[0].source is not None)
 
 
 @pytest.mark.parametrize("norm", ["batch", "calibrated"])
@@ -91,8 +93,13 @@ def test_triton_scores_both_supernets_and_two_batches_at_once(name, pool, norm, 
     expected = score_architectures(nets, images, labels, pairs, backend="reference", **arguments)
     plan = partial(make_plan, nets, images.to(device), pairs)
     monkeypatch.setattr("bmsn.evaluator.make_plan", lambda *a, batch_size, max_bytes: plan(batch_size=2 * batch_size))
+    launched, launch = [], import_module("bmsn.kernels.conv_bn")._launch
+    monkeypatch.setattr("bmsn.kernels.conv_bn._launch", lambda *a, **k: launched.append(a[0].shape) or launch(*a, **k))
     found = score_architectures(nets, images, labels, pairs, backend="triton", **arguments)
     assert (found.correct - expected.correct).abs().max() <= 1
+    if name == "resnet14-cifar10":  # whose other maps have more channels: both supernets convolve in one launch
+        of_images = [shape[0] for shape in launched if shape[1] == 3]
+        assert of_images == ([8, 2] if norm == "batch" else [8, 8, 2])
 
 
 @needs_cpp
