@@ -100,7 +100,7 @@ cat "$OUT"/tests_*.log >>"$OUT/tests.log"
 rm -f "$OUT"/tests_*.log
 
 bench scoring_half 35 evaluator -k validation_half
-bench scoring 60 evaluator --full -k "test_scoring and not validation_half and not compiled and not 560"
+bench scoring 110 evaluator -k "test_scoring and not validation_half and not large and not 560" # six compile
 bench conv_bn 50 conv_bn
 part choice 30 "$PYTHON" -m pytest benchmarks/bench_conv_bn.py -k ours_against -q -s -p no:cacheprovider
 bench conv_scale 25 conv_scale
@@ -109,8 +109,7 @@ bench head 20 head
 bench batches 20 batches -k gpu
 bench balance 25 balance -k gpu
 bench training 120 training
-bench compiled 75 evaluator -k "compiled and 256"
-bench compiled_1024 75 evaluator --full -k "compiled and 1024"
+bench scoring_1024 100 evaluator --full -k large_batches
 bench scoring_560 60 evaluator --full -k 560
 
 for name in "${BENCHES[@]}"; do

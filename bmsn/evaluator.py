@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -28,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_MAX_BYTES = 2**30
 NormKind = Literal["batch", "calibrated"]
+
+_named: ContextVar[set[int] | None] = ContextVar("_named", default=None)  # supernets that `one_scoring` has warned of
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,10 +261,24 @@ def _checked(
     return images.to(device), labels.to(device, torch.int64)
 
 
+@contextmanager
+def one_scoring() -> Iterator[None]:
+    """Within it `score_architectures` warns of a supernet once, in however many calls its images come."""
+    token = _named.set(set())
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
 def _warn_of_nan(mixture: SupernetMixture, pairs: Sequence[Pair]) -> None:
     """Every architecture uses all layers, so one weight that is not finite spoils all scores of its supernet."""
     spoilt = set((~mixture.arena.isfinite().all(1)).nonzero().flatten().tolist())
+    named = _named.get()
+    spoilt -= named or set()
     supernets = [supernet for _, supernet in pairs if supernet in spoilt]
+    if named is not None:
+        named.update(supernets)
     if supernets:
         logger.warning(
             "supernets %s have weights that are not finite: the scores of their %d architectures count NaN logits",

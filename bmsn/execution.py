@@ -165,7 +165,6 @@ def _follows(before: PlannedState, state: PlannedState, wave: Wave, mixed: bool)
 
     return (
         (mixed or state.supernet == before.supernet)
-        and before.source is not None
         and one_behind(before.source, state.source, wave.source_bytes)
         and one_behind(before.full, state.full, wave.map_bytes)
         and one_behind(before.pooled, state.pooled, wave.map_bytes // 4)
@@ -205,16 +204,10 @@ class _Work:
 def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -> Tensor:
     """Writes the states' maps, and returns them where no child wants them."""
     rows, backend = work.rows, work.backend
-    if work.wave.layer == 0 and rows.weights.stem is not None:
-        with without_tf32(x.device):
-            x = F.conv2d(x, rows(rows.weights.stem)[0], stride=2, padding=3)  # the images: a run of one state
-        if work.norm.is_frozen:
-            stats = work.known("stem")
-        else:
-            stats = batch_statistics(x, rows.num_groups, backend=backend)
-            work.keep("stem", stats)
-        bn_add_relu_pool(x, stats, full=x, backend=backend)
-        x = F.max_pool2d(x, 3, 2, 1)
+    if work.wave.layer == 0:
+        # A state of every supernet reads the same images; kernels find what they read one state behind the other.
+        maps = [x] * len(work.run) if rows.weights.stem is None else [_stem(work, x, state) for state in work.run]
+        x = maps[0] if len(maps) == 1 else torch.cat(maps)
     if work.norm.is_frozen and (_mixes(x, backend) or _is_cpp(work, "conv_scale", x, work.layer.convolutions)):
         return _scaled(work, x, full, pooled)
     y, stats, shortcut, shortcut_stats = _normed(work, x)
@@ -225,6 +218,21 @@ def _layer(work: _Work, x: Tensor, full: Tensor | None, pooled: Tensor | None) -
         full=full, pooled=pooled, pool="avg" if work.space.pool == "avg" else "max", backend=backend,
     )  # fmt: skip
     return y
+
+
+def _stem(work: _Work, x: Tensor, state: PlannedState) -> Tensor:
+    """The large stem of one state: its 7x7 convolution is the library's, which takes one weight set."""
+    rows, norm, backend = work.rows, work.norm, work.backend
+    assert rows.weights.stem is not None
+    with without_tf32(x.device):
+        x = F.conv2d(x, rows.weights.stem[state.supernet], stride=2, padding=3)
+    if norm.is_frozen:
+        stats = norm.known([state], 0, "stem")
+    else:
+        stats = batch_statistics(x, rows.num_groups // len(work.run), backend=backend)
+        norm.keep([state], 0, "stem", stats)
+    bn_add_relu_pool(x, stats, full=x, backend=backend)
+    return F.max_pool2d(x, 3, 2, 1)
 
 
 def _normed(work: _Work, x: Tensor) -> ConvBn:

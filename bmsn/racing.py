@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bmsn.errors import InputError
-from bmsn.evaluator import Scores, all_pairs, score_architectures
+from bmsn.evaluator import Scores, all_pairs, one_scoring, score_architectures
 from bmsn.network import SupernetMixture, check_images
 from bmsn.plan import Pair
 from bmsn.rng import generator
@@ -244,14 +244,15 @@ def race(
         return score(mixture, images[indices], labels[indices], alive, batch_size=batch_size).correct.numpy()
 
     num_raced = 0
-    while num_raced < len(order) and not state.decided:
-        state.observe(count(batches[order[num_raced]]))
-        num_raced += 1
+    with one_scoring():
+        while num_raced < len(order) and not state.decided:
+            state.observe(count(batches[order[num_raced]]))
+            num_raced += 1
+        rest = sorted(order[num_raced:])  # so that the smaller batch, if it is among them, stays last
+        for first in range(0, len(rest), _REST_BATCHES):
+            indices = torch.cat([batches[b] for b in rest[first : first + _REST_BATCHES]])
+            state.observe_rest(count(indices), len(indices))
     decided_after = sum(len(batches[b]) for b in order[:num_raced])
-    rest = sorted(order[num_raced:])  # so that the smaller batch, if it is among them, stays last
-    for first in range(0, len(rest), _REST_BATCHES):
-        indices = torch.cat([batches[b] for b in rest[first : first + _REST_BATCHES]])
-        state.observe_rest(count(indices), len(indices))
     return Race(
         pairs=pairs,
         correct=torch.from_numpy(state.correct),

@@ -91,7 +91,7 @@ def test_every_benchmark_with_a_gpu_part_is_selected(selection: Selection) -> No
 
 def test_long_benchmarks_of_the_evaluator_are_selected_as_such(selection: Selection) -> None:
     file, chosen = "benchmarks/bench_evaluator.py", selection.selected("--full")
-    assert {f"{file}::test_scoring_large_batches", f"{file}::test_scoring_against_compiled[1024]"} <= chosen
+    assert {f"{file}::test_scoring_large_batches", f"{file}::test_scoring_560_architectures"} <= chosen
 
 
 def test_what_selects_nothing_has_failed(tmp_path: Path) -> None:

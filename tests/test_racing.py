@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from copy import deepcopy
 
 import numpy as np
 import pytest
@@ -289,6 +290,18 @@ def test_bytes_are_normalised_as_by_the_evaluator(case):
     order = np.argsort(-scores.correct.numpy(), kind="stable")[:2].tolist()
     assert list(result.top) == order
     assert result.correct[order].tolist() == scores.correct[order].tolist()
+
+
+def test_weights_that_are_not_finite_are_named_once_a_race(case, caplog):
+    nets, images, labels = case
+    spoilt = deepcopy(nets)
+    spoilt.arena.detach()[0, 100] = torch.nan
+    for races in (1, 2):
+        result = bmsn.race(spoilt, images[:20], labels[:20], 1, batch_size=BATCH)
+        assert result.decided_after > BATCH  # several calls
+        assert len(caplog.records) == races
+    assert all(r.getMessage().startswith("supernets [0] have weights that are not finite") for r in caplog.records)
+    assert all("their 15 architectures" in record.getMessage() for record in caplog.records)
 
 
 @pytest.mark.parametrize(
