@@ -21,7 +21,7 @@ from bmsn.paths import find_candidate
 from bmsn.retraining import read_result
 from bmsn.space import SearchSpace
 from bmsn.tasks import Images
-from bmsn.trainer import resolve_device
+from bmsn.trainer import out_of_memory_said, resolve_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +101,7 @@ def run_export(config: ExportConfig) -> Export:
         InputError: a run that is unfinished, of another schema, without its weights or whose images have changed; an
             architecture that is not in the space, or was not retrained; settings that cannot be; a package that is not
             installed.
+        RunStopped: no memory left.
     """
     check_installed()
     result = read_result(config.run)
@@ -115,7 +116,8 @@ def run_export(config: ExportConfig) -> Export:
         device=resolve_device(config.device),
     )  # fmt: skip
     # Networks are built to be filled with weights: what they draw before is not to come from the caller's random state.
-    with without_tf32(source.device), torch.random.fork_rng(devices=[]):
+    out_of_memory = out_of_memory_said(lambda: f"export of {architecture}", source.device)
+    with out_of_memory, without_tf32(source.device), torch.random.fork_rng(devices=[]):
         if config.from_supernet:
             network, data, described = untrained(source, config.supernet, config.calibration)
         else:

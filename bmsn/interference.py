@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +36,7 @@ from bmsn.network import SupernetMixture
 from bmsn.ops.norm_relu import norm_relu
 from bmsn.rng import generator, torch_seed
 from bmsn.space import Architecture, SearchSpace
-from bmsn.trainer import compute_dtype, learning_rate, resolve_device, train_step
+from bmsn.trainer import compute_dtype, learning_rate, out_of_memory_said, resolve_device, train_step
 
 _log = logging.getLogger(__name__)
 
@@ -128,9 +128,8 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         data: the images; None: what `config.data` names.
     Raises:
         InputError: settings that do not fit the space or the data.
-        RunStopped: a loss that is not finite.
+        RunStopped: a loss that is not finite, or no memory left.
     """
-    started = time.perf_counter()
     spec = config.data
     if spec is None:
         spec = "synthetic" if data is None else f"{GIVEN}:{data.name}"
@@ -147,6 +146,15 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         raise InputError(
             f"data {spec}: images of {data.image_size} pixels; {name} needs a multiple of {space.total_stride}"
         )
+    settings = replace(config, space=name, data=spec)
+    with out_of_memory_said(lambda: "interference", resolve_device(config.device)):
+        return _alone_and_in_turn(settings, space, pair, data)
+
+
+def _alone_and_in_turn(
+    config: InterferenceConfig, space: SearchSpace, pair: tuple[Architecture, Architecture], data: ImageDataset
+) -> Interference:
+    started = time.perf_counter()
     nets, stream, validation = _prepare(config, space, data)
     device, dtype = nets.arena.device, stream.dtype
     images = normalise(data.train_images, nets.pixel_table, dtype, indices=validation).to(device)
@@ -188,7 +196,7 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
         filters=_first_weights(nets, rows).float().cpu().numpy(),
         features=_first_features(nets, rows, images[: config.batch_size]),
         image=data.train_images[validation[0]],
-        config=asdict(config) | {"space": name, "data": spec, "early": pair[0].slug, "late": pair[1].slug},
+        config=asdict(config) | {"early": pair[0].slug, "late": pair[1].slug},
         environment=environment(device.type) | {"compute_dtype": str(dtype).removeprefix("torch.")},
         data={"name": data.name, "fingerprint": data.fingerprint, "num_train": len(stream.indices)},
         seconds=time.perf_counter() - started,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 
 import numpy as np
@@ -12,7 +12,9 @@ import torch
 from bmsn.engine import Engine, Steps, search_step, tensors_of
 from bmsn.ops.batches import augment
 from bmsn.ops.mixture_step import MixtureTensors, failure, mixture_step
+from bmsn.standalone import TrainingSettings, train_alone
 from engines import BATCH, SPACE, assert_curves_agree, make_state
+from searching import tiny_images
 from stacked import HAS_TRITON, INTERPRETING
 from test_balance import accuracies, hard_scores
 from test_mixture_step import probabilities
@@ -165,3 +167,23 @@ def test_balances_are_those_of_the_cpu(inverse: float) -> None:
         cpu, gpu = (probabilities(state, inverse) for state in states)
         np.testing.assert_allclose(gpu, cpu, rtol=0, atol=1e-6, err_msg=name)
         assert torch.equal(states[1].visits.cpu(), states[0].visits), name
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_network_alone_by_a_graph_is_the_eager_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    captured = []
+
+    class Counted(CudaGraphs):
+        def capture(self, warm_up: Callable[[], None], step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+            captured.append(step)
+            return super().capture(warm_up, step)
+
+    def weights(graphs: CudaGraphs | None) -> dict[str, torch.Tensor]:
+        monkeypatch.setattr("bmsn.standalone.graph_backend", lambda engine, device: graphs)
+        settings = TrainingSettings(epochs=3, batch_size=16)
+        return train_alone(SPACE, SPACE[3], tiny_images(), settings, seed=2, device=CUDA).network.state_dict()
+
+    eager, recorded = weights(None), weights(Counted(CUDA))
+    assert len(captured) == 1
+    for name, tensor in eager.items():
+        assert torch.equal(tensor, recorded[name]), name

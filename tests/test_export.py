@@ -377,3 +377,14 @@ def test_a_package_that_is_not_installed_is_named(run, monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     assert main([str(run), "--architecture", "2,3,2"]) == 2
     assert "export needs onnxscript: pip install 'bmsn[export]'" in capsys.readouterr().err
+
+
+def test_it_stops_where_memory_runs_out(run, monkeypatch, tmp_path, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("bmsn.exporting.untrained", full)
+    flags = ["--architecture", "2,3,2", "--from-supernet", "--out", str(tmp_path / "out")]
+    assert main([str(run), *flags]) == 3
+    assert "stopped: export of [2,3,2]: out of memory on cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -132,3 +132,12 @@ def test_a_loss_that_is_not_finite_stops_it(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("bmsn.interference.train_step", lambda *args, **settings: float("nan"))
     with pytest.raises(RunStopped, match=r"the loss of \[1,1,5\] is not finite"):
         run_interference(CONFIG, tiny_images())
+
+
+def test_it_stops_where_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr("bmsn.interference.train_step", full)
+    with pytest.raises(RunStopped, match=r"^interference: out of memory on cpu at a peak of .* a smaller batch_size"):
+        run_interference(CONFIG, tiny_images())
