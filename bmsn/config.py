@@ -28,6 +28,8 @@ class Procedure:
         anneal: learning rate and 1/tau change with every step, or with every epoch.
         visits: the architecture of each step is drawn on its own, or in blocks: shuffled, each of them once a block, so
             that no two are ever more than one visit apart.
+        validate_every: steps from one validation batch to the next where there is one supernet, of which nothing is
+            chosen by a[c,m]. With more of them, and with `evaluate_top`, every step has one.
     """
 
     ema_decay: float = 0.9
@@ -36,6 +38,7 @@ class Procedure:
     factor: float = 0.1
     anneal: Literal["step", "epoch"] = "step"
     visits: Literal["independent", "blocks"] = "blocks"
+    validate_every: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +324,7 @@ _PRESETS = {
             split_after=0.0,
             score="best",
         ),
-        procedure=Procedure(tol=1e-4, visits="independent"),
+        procedure=Procedure(tol=1e-4, visits="independent", validate_every=1),
     ),
     "authors": _Preset(
         epochs=101,
@@ -336,7 +339,7 @@ _PRESETS = {
             split_after=0.0,
             score="best",
         ),
-        procedure=Procedure(tol=1e-4, anneal="epoch", visits="independent"),
+        procedure=Procedure(tol=1e-4, anneal="epoch", visits="independent", validate_every=1),
     ),
 }
 _RESNET18 = dict(epochs=400, milestones=(0.5, 0.75), factor=0.1, weight_decay=5e-3)

@@ -43,6 +43,7 @@ class StepSettings:
         ema_decay: beta of a[c,m].
         tol: KL(p(m) || uniform) that a balance reaches.
         balance_every: steps from one balance to the next.
+        validate_every: steps from one validation batch to the next; those between change nothing in a[c,m].
     """
 
     momentum: float
@@ -50,6 +51,10 @@ class StepSettings:
     ema_decay: float
     tol: float
     balance_every: int
+    validate_every: int = 1
+
+    def validates(self, step: int) -> bool:
+        return (step + 1) % self.validate_every == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +70,7 @@ class SearchState:
         step: () int64, steps done.
         lrs: (T,) learning rate of each step, dtype of the arena.
         losses: (T,) dtype of the arena: of each step's training batch, not finite where the step was skipped.
-        correct: (T,) int64: validation images classified correctly.
+        correct: (T,) int64: validation images classified correctly; -1 where a step has no validation batch.
         supernets: (T,) int64: which supernet each step trained.
         settings: of the steps.
     """
@@ -125,11 +130,13 @@ class SearchState:
         )
 
 
-def train_and_validate(state: SearchState, architecture: Architecture) -> tuple[Tensor, Tensor]:
+def train_and_validate(
+    state: SearchState, architecture: Architecture, *, validate: bool = True
+) -> tuple[Tensor, Tensor]:
     """The first part of a step: trains the drawn supernet, then validates it. Waits for nothing.
 
     Returns:
-        loss: (), not finite where the update was skipped; correct: () int64, of the validation batch.
+        loss: (), not finite where the update was skipped; correct: () int64, of the validation batch, -1 without.
     """
     settings, row = state.settings, state.mixture.supernet
     place = state.step.view(1)
@@ -138,8 +145,10 @@ def train_and_validate(state: SearchState, architecture: Architecture) -> tuple[
         state.nets, state.velocity, state.copies, architecture, row, images, labels,
         lr=state.lrs.index_select(0, place)[0], momentum=settings.momentum, weight_decay=settings.weight_decay,
     )  # fmt: skip
-    images, labels = state.validation.at(state.step)
-    correct = count_correct(state, architecture, images, labels)
+    if validate:
+        correct = count_correct(state, architecture, *state.validation.at(state.step))
+    else:
+        correct = torch.full_like(state.step, -1)
     state.losses.index_copy_(0, place, loss.view(1))
     state.correct.index_copy_(0, place, correct.view(1))
     state.supernets.index_copy_(0, place, row.view(1))
@@ -161,16 +170,16 @@ def observe_and_draw(state: SearchState, loss: Tensor, correct: Tensor) -> None:
     """The second part: tells the mixture, draws the next step's supernet, counts the step. Waits for nothing."""
     settings = state.settings
     mixture_step(
-        state.mixture, state.step, correct, loss.isfinite(),
+        state.mixture, state.step, correct, loss.isfinite() & (correct >= 0),
         num_images=state.validation.batch_size, ema_decay=settings.ema_decay, tol=settings.tol,
         balance_every=settings.balance_every,
     )  # fmt: skip
     state.step.add_(1)
 
 
-def search_step(state: SearchState, architecture: Architecture) -> None:
+def search_step(state: SearchState, architecture: Architecture, *, validate: bool = True) -> None:
     """One step of a search."""
-    observe_and_draw(state, *train_and_validate(state, architecture))
+    observe_and_draw(state, *train_and_validate(state, architecture, validate=validate))
 
 
 class Graph(Protocol):
@@ -197,7 +206,7 @@ class Steps:
 
     Attributes:
         losses: float64, not finite where the update was skipped.
-        accuracies: float64, on each validation batch.
+        accuracies: float64, on each validation batch; NaN: there was none.
         supernets: int64, trained.
     """
 
@@ -223,7 +232,7 @@ class Engine:
         self.state = state
         self._architectures, self._backend = architectures, graphs
         self._drawn = state.mixture.architectures.tolist()
-        self._graphs: dict[int, Graph] = {}  # by architecture, all kept to the end
+        self._graphs: dict[tuple[int, bool], Graph] = {}  # by architecture and `validate`, all kept to the end
         self._scratch: SearchState | None = None
 
     @property
@@ -242,33 +251,36 @@ class Engine:
         state = self.state
         for step in range(start, stop):
             state.train.prepare(step)
-            state.validation.prepare(step)
+            validate = state.settings.validates(step)
+            if validate:
+                state.validation.prepare(step)
             index = self._drawn[step]
             if refresh is not None and step == stop - 1:
-                measured = train_and_validate(state, self._architectures[index])
+                measured = train_and_validate(state, self._architectures[index], validate=validate)
                 refresh()
                 observe_and_draw(state, *measured)
             else:
-                self._step(index)
+                self._step(index, validate)
         return self._look(start, stop)
 
-    def _step(self, index: int) -> None:
-        if self._backend is not None and index not in self._graphs:
-            self._capture(index)
+    def _step(self, index: int, validate: bool) -> None:
+        if self._backend is not None and (index, validate) not in self._graphs:
+            self._capture(index, validate)
         if self._backend is None:
-            search_step(self.state, self._architectures[index])
+            search_step(self.state, self._architectures[index], validate=validate)
         else:
-            self._graphs[index].replay()
+            self._graphs[index, validate].replay()
 
-    def _capture(self, index: int) -> None:
-        """Records the graph of an architecture, or gives graphs up for the rest of the run."""
+    def _capture(self, index: int, validate: bool) -> None:
+        """Records a graph of an architecture, or gives graphs up for the rest of the run."""
         assert self._backend is not None
         architecture = self._architectures[index]
         try:
             if self._scratch is None:
                 self._scratch = self.state.scratch()
-            warm_up = partial(_warm_up, self._scratch, architecture)
-            self._graphs[index] = self._backend.capture(warm_up, partial(search_step, self.state, architecture))
+            step = partial(search_step, architecture=architecture, validate=validate)
+            warm_up = partial(_warm_up, self._scratch, step)
+            self._graphs[index, validate] = self._backend.capture(warm_up, partial(step, self.state))
         except (GraphMemoryError, torch.OutOfMemoryError) as error:
             _log.warning("no memory for CUDA graphs, going on eagerly: %s", str(error).splitlines()[0])
             self.state.step.item()  # waits: no graph may go while it runs
@@ -286,13 +298,14 @@ class Engine:
             step, error = failed
             pair = f"architecture {self._architectures[self._drawn[step]]}, supernet {supernets[step - start]}"
             raise RunStopped(f"step {step}, {pair}: {error}") from error
-        return Steps(losses.astype(np.float64), correct / state.validation.batch_size, supernets)
+        accuracies = np.where(correct < 0, np.nan, correct / state.validation.batch_size)
+        return Steps(losses.astype(np.float64), accuracies, supernets)
 
 
-def _warm_up(scratch: SearchState, architecture: Architecture) -> None:
+def _warm_up(scratch: SearchState, step: Callable[[SearchState], None]) -> None:
     scratch.step.zero_()
     scratch.mixture.supernet.zero_()
-    search_step(scratch, architecture)
+    step(scratch)
 
 
 def choose_engine(engine: str, device: torch.device) -> str:

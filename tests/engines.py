@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ def make_state(
     dtype: torch.dtype = torch.float32,
     lr: float = 0.05,
     seed: int = 0,
+    validate_every: int = 1,
 ) -> SearchState:
     """A search over the 15 architectures of a narrow ResNet-14, 8x8 images in four classes; a pure function.
 
@@ -51,7 +52,8 @@ def make_state(
     mixture.scores.fill_(1.0)
     lrs = [lr * (1 - step / num_steps) for step in range(num_steps)]
     velocity = torch.zeros_like(nets.arena.detach())
-    return SearchState.create(nets, velocity, working_copies(nets, dtype), *streams, mixture, lrs, SETTINGS)
+    settings = replace(SETTINGS, validate_every=validate_every)
+    return SearchState.create(nets, velocity, working_copies(nets, dtype), *streams, mixture, lrs, settings)
 
 
 def assert_curves_agree(one: Sequence[Steps], other: Sequence[Steps]) -> None:

@@ -6,7 +6,7 @@ Graphs are recorded by `engines.RecordedGraphs` here, which keeps the closure of
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -107,9 +107,20 @@ def test_graphs_are_captured_when_first_needed_and_capturing_changes_nothing() -
     before = copied(state)
     rest = [index for index in range(len(SPACE)) if index not in drawn]
     for index in rest:
-        runner._capture(index)
+        runner._capture(index, True)
     assert_same_state(before, tensors_of(state))
     assert graphs.captured == len(SPACE)
+
+
+def test_steps_between_two_validation_batches_tell_the_mixture_nothing() -> None:
+    eager, recorded, graphs = make_state(60, validate_every=3), make_state(60, validate_every=3), RecordedGraphs()
+    done = run(eager, blocks=(7, 60))
+    run(recorded, graphs, blocks=(60,))
+    assert_same_state(tensors_of(eager), tensors_of(recorded))
+    drawn, validates = eager.mixture.architectures[:60].numpy(), np.arange(60) % 3 == 2
+    assert graphs.captured == len(set(zip(drawn.tolist(), validates.tolist(), strict=True)))
+    np.testing.assert_array_equal(np.isnan(done.accuracies), ~validates)
+    assert (np.bincount(drawn[validates], minlength=len(SPACE)) == eager.mixture.visits.sum(1).numpy()).all()
 
 
 def test_bfloat16_working_copies_follow_the_weights() -> None:
@@ -337,12 +348,19 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
     return graphs
 
 
-@pytest.mark.parametrize("settings", [{}, {"method": "spos", "supernets": 1, "epochs": 8}], ids=["mixture", "spos"])
+@pytest.mark.parametrize(
+    ("settings", "captured"),
+    [
+        pytest.param({}, [15], id="mixture"),
+        # With a validation batch and without.
+        pytest.param({"method": "spos", "supernets": 1, "epochs": 8}, range(16, 31), id="spos"),
+    ],
+)
 def test_a_search_by_graphs_is_one_by_eager_steps(
-    settings: dict[str, Any], spec: str, with_graphs: RecordedGraphs
+    settings: dict[str, Any], captured: Sequence[int], spec: str, with_graphs: RecordedGraphs
 ) -> None:
     by_graphs = search(spec, **settings)
-    assert with_graphs.captured == 15
+    assert with_graphs.captured in captured
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_mixture, "graph_backend", lambda name, device: None)
         patch.setattr("bmsn.methods.mixture.runs_ahead", lambda device: False)

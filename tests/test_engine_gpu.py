@@ -86,7 +86,7 @@ def test_replays_never_wait_for_the_gpu() -> None:
     engine = Engine(state, list(SPACE), CudaGraphs(CUDA))
     drawn = state.mixture.architectures[:60].tolist()
     for index in set(drawn):
-        engine._capture(index)
+        engine._capture(index, True)
     state.train.prepare(0)
     state.validation.prepare(0)
     torch.cuda.synchronize()
@@ -124,7 +124,7 @@ def test_capturing_changes_nothing() -> None:
     engine.run(0, 3)
     before = {name: tensor.clone() for name, tensor in tensors_of(state).items()}
     for index in set(range(len(SPACE))) - set(state.mixture.architectures[:3].tolist()):
-        engine._capture(index)
+        engine._capture(index, True)
     for name, tensor in tensors_of(state).items():
         assert torch.equal(torch.nan_to_num(before[name]), torch.nan_to_num(tensor)), name
 

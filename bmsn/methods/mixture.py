@@ -194,12 +194,16 @@ class Mixture(SupernetMethod):
         for index, supernet, loss, accuracy in zip(
             self.sampler.drawn[step:stop].tolist(), done.supernets, done.losses, done.accuracies, strict=True
         ):
-            finite, macs, images = math.isfinite(loss), problem.macs[index], problem.config.batch_size
+            macs, images = problem.macs[index], problem.config.batch_size
+            validated = math.isfinite(loss) and not math.isnan(accuracy)
             self.cost.train(images, macs)
-            self.cost.validate(images if finite else 0, macs)
+            self.cost.validate(images if validated else 0, macs)
             trained = f"architecture {problem.space[index]} with supernet {supernet}"
-            outcomes.append(Outcome(float(loss), float(accuracy) if finite else None, trained))
+            outcomes.append(Outcome(float(loss), float(accuracy) if validated else None, trained))
         return outcomes
+
+    def _validates(self, step: int) -> bool:
+        return self.problem.validates(step)
 
     def _split(self) -> None:
         super()._split()

@@ -81,7 +81,7 @@ class SupernetMethod(Method):
         )  # fmt: skip
         self.cost.train(len(labels), macs)
         accuracy: float | None = None
-        if math.isfinite(loss):
+        if math.isfinite(loss) and self._validates(step):
             images, labels = problem.validation_batch(step)
             accuracy = batch_accuracy(self.nets, architecture, supernet, images, labels)
             self.cost.validate(len(labels), macs)
@@ -90,6 +90,9 @@ class SupernetMethod(Method):
         self.sampler.observe(step, index, supernet, accuracy)
         self._after(step + 1)
         return Outcome(loss, accuracy, f"architecture {architecture} with supernet {supernet}")
+
+    def _validates(self, step: int) -> bool:
+        return True
 
     def _refresh(self, step: int) -> None:
         """All that the sampler knows from one validation batch, scored in one pass."""

@@ -139,7 +139,7 @@ def mixture_step(
         state: of the mixture, on the device.
         step: () int64, 0 to T - 1: the step that was trained.
         correct: () int64, validation images that the pair classified correctly.
-        trained: () bool; False: the step was skipped: it counts, but updates nothing.
+        trained: () bool; False: the step was skipped, or had no validation batch: it counts, but updates nothing.
         num_images: of the validation batch.
         ema_decay: beta.
         tol: KL(p(m) || uniform) that a balance reaches.
