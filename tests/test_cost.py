@@ -274,6 +274,15 @@ def test_rounds_are_interleaved_and_the_median_is_taken(monkeypatch):
     assert rounds == [{0, 1, 2}] * 3
 
 
+@pytest.fixture
+def heeds_sigint():
+    """A shell's background job inherits it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_sigint")
 @pytest.mark.parametrize(("number", "exit_code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_the_measurement_of_a_search(number, exit_code, spec, tmp_path, monkeypatch, capsys):
     """Between two networks; what was trained is kept."""

@@ -250,21 +250,23 @@ def test_few_shot_races_and_scores_all_its_pairs(spec):
 
 
 def test_cost_is_counted(spec):
-    """60 steps in blocks of 15 train each architecture four times; 8 refreshes; the final scoring of 64 images."""
+    """60 steps in blocks of 15 train each architecture four times; 8 refreshes of both supernets; the final scoring of
+    64 images in one of them.
+    """
     macs = [SPACE.macs(a, num_classes=4) for a in SPACE]
-    result = search(spec, method="spos", epochs=15, refresh_every=7, score_every=5)
+    result = search(spec, supernets=2, epochs=15, refresh_every=7, score_every=5, score="best")
     assert result.cost == {
         "training_images": 60 * 16,
-        "validation_images": 60 * 16 + 8 * 15 * 16 + 15 * 64,
+        "validation_images": 60 * 16 + 8 * 30 * 16 + 15 * 64,
         "training_macs": 3 * 4 * 16 * sum(macs),
-        "validation_macs": (4 * 16 + 8 * 16 + 64) * sum(macs),
+        "validation_macs": (4 * 16 + 8 * 2 * 16 + 64) * sum(macs),
     }
     assert json.loads(result.to_json())["cost"] == result.cost
 
 
 def test_a_race_costs_what_it_scored(spec):
     result = search(spec, method="spos", epochs=1, race=3, batch_size=8, confidence=0.5)
-    assert result.cost["validation_images"] == 8 * 8 + sum(result.scores["images_seen"])
+    assert result.cost["validation_images"] == 2 * 8 + sum(result.scores["images_seen"])  # one step in four of 8
 
 
 def test_snapshots_hold_what_is_the_methods_own(spec, tmp_path):
