@@ -100,7 +100,7 @@ class Interference:
         filters: (4, O, C, kh, kw) of the first convolution: at the start, then of each net.
         features: (4, O, H, W) of `image` behind the first layer, in the same order.
         image: (H, W, C) uint8, a validation image.
-        config, environment, data: to reproduce it. seconds: it took.
+        config, environment, data: to reproduce it. seconds: that training and scoring took.
     """
 
     architectures: tuple[Architecture, Architecture]
