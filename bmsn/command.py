@@ -6,8 +6,10 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import tyro
 
 from bmsn.errors import InputError, RunStopped, is_disk_error
 from bmsn.progress import clock, say
@@ -53,6 +55,25 @@ def until_signalled(run: Callable[[Callable[[], bool]], _T]) -> _T:
             raise
 
 
+def parse_flags(
+    form: Callable[..., _T] | type[_T], program: str, arguments: Sequence[str] | None, **options: Any
+) -> _T:
+    """`tyro.cli(form, prog=program, args=arguments, **options)`; help that stdout doesn't take is no error of ours.
+
+    Raises:
+        SystemExit: after --help (0, or 141 where stdout took nothing), an unknown flag or a value (2).
+    """
+    try:
+        try:
+            return tyro.cli(form, prog=program, args=arguments, **options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        _leave_stdout(program, "help", error)
+        raise SystemExit(EXIT_STDOUT_CLOSED) from None
+
+
 def run_command(program: str, run: Callable[[], tuple[str, Mapping[str, str]]]) -> int:
     """Runs a command; returns its exit code (the README lists them).
 
@@ -94,9 +115,13 @@ def _print_result(program: str, text: str) -> bool:
     try:
         print(text, flush=True)
     except OSError as error:
-        if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has seen enough
-            say(f"{program}: the result could not be printed: {error.strerror}")
-        # Keeps the interpreter from flushing again what is left in its buffer.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave_stdout(program, "the result", error)
         return False
     return True
+
+
+def _leave_stdout(program: str, what: str, error: OSError) -> None:
+    """Says why stdout does not take `what`, and keeps the interpreter from flushing its buffer once more."""
+    if not isinstance(error, BrokenPipeError):  # whoever closes a pipe has seen enough
+        say(f"{program}: {what} could not be printed: {error.strerror}")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import tyro
 
-from bmsn.command import ProgressLines, run_command, until_signalled
+from bmsn.command import ProgressLines, parse_flags, run_command, until_signalled
 from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
 from bmsn.comparison_figures import Paired, Row, Summary, path_in_words
 
@@ -18,8 +18,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
     def run() -> tuple[str, Mapping[str, str]]:
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[ComparisonConfig], prog=PROGRAM, args=arguments,
+        config = parse_flags(
+            tyro.conf.OmitArgPrefixes[ComparisonConfig], PROGRAM, arguments,
             description="Compare search methods on the same images, budget and seeds, against the truth.",
         )  # fmt: skip
         comparison = until_signalled(

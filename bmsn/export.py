@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from bmsn.command import run_command
+from bmsn.command import parse_flags, run_command
 from bmsn.exporting import ExportConfig, run_export
 from bmsn.memory import keep_freed_memory
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
     def run() -> tuple[str, Mapping[str, str]]:
-        command = tyro.cli(Command, prog=PROGRAM, args=arguments)
+        command = parse_flags(Command, PROGRAM, arguments)
         keep_freed_memory()
         return run_export(command).summary, {}
 

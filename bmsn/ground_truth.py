@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import tyro
 
 from bmsn.accuracy_table import AccuracyRow, pareto_lines
-from bmsn.command import ProgressLines, run_command, until_signalled
+from bmsn.command import ProgressLines, parse_flags, run_command, until_signalled
 from bmsn.correlation import agreement
 from bmsn.truth import GroundTruth, GroundTruthConfig, run_ground_truth
 
@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
     def run() -> tuple[str, Mapping[str, str]]:
-        config = tyro.cli(
-            tyro.conf.OmitArgPrefixes[GroundTruthConfig], prog=PROGRAM, args=arguments,
+        config = parse_flags(
+            tyro.conf.OmitArgPrefixes[GroundTruthConfig], PROGRAM, arguments,
             description="Train every architecture of a space alone: the truth that a search is measured against.",
         )  # fmt: skip
         truth = until_signalled(lambda stop: run_ground_truth(config, should_stop=stop, progress=ProgressLines()))

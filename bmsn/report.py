@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from bmsn.command import run_command
+from bmsn.command import parse_flags, run_command
 from bmsn.errors import InputError
 from bmsn.interference import InterferenceConfig, run_interference
 from bmsn.memory import keep_freed_memory
@@ -47,7 +47,7 @@ class Command:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command, which prints the path of the page; returns its exit code (the README lists them)."""
-    return run_command(PROGRAM, lambda: (str(_run(tyro.cli(Command, prog=PROGRAM, args=arguments))), {}))
+    return run_command(PROGRAM, lambda: (str(_run(parse_flags(Command, PROGRAM, arguments))), {}))
 
 
 def _run(command: Command) -> Path:

@@ -11,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from bmsn.accuracy_table import pareto_lines
-from bmsn.command import ProgressLines, run_command, until_signalled
+from bmsn.command import ProgressLines, parse_flags, run_command, until_signalled
 from bmsn.retraining import RetrainConfig, Retraining, run_retraining
 
 PROGRAM = "python -m bmsn.retrain"
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit code (the README lists them)."""
 
     def run() -> tuple[str, Mapping[str, str]]:
-        config = tyro.cli(tyro.conf.OmitArgPrefixes[Command], prog=PROGRAM, args=arguments)
+        config = parse_flags(tyro.conf.OmitArgPrefixes[Command], PROGRAM, arguments)
         retraining = until_signalled(lambda stop: run_retraining(config, should_stop=stop, progress=ProgressLines()))
         return to_table(retraining), retraining.failed
 

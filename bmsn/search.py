@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import tyro
 import yaml
 
-from bmsn.command import run_command, until_signalled
+from bmsn.command import parse_flags, run_command, until_signalled
 from bmsn.config import SearchConfig
 from bmsn.config_files import load_config
 from bmsn.memory import keep_freed_memory
@@ -50,7 +50,7 @@ def parse(arguments: Sequence[str]) -> Command:
 
 
 def _parse(arguments: Sequence[str], default: SearchConfig) -> Command:
-    return tyro.cli(Command, prog=PROGRAM, args=list(arguments), default=Command(search=default))
+    return parse_flags(Command, PROGRAM, arguments, default=Command(search=default))
 
 
 class Progress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib
 import os
 import sys
 from collections.abc import Callable
@@ -47,6 +48,18 @@ def test_a_result_that_is_not_taken(broken, monkeypatch, capsys):
     assert said == (f"here: the result could not be printed: {os.strerror(errno.ENOSPC)}\n" if is_full else "")
     if broken is not None:
         broken.flush()  # as the interpreter does at its end
+
+
+@pytest.mark.parametrize("broken", [closed_pipe, full_disk], indirect=True)
+@pytest.mark.parametrize("module", ["search", "retrain", "ground_truth", "compare", "report", "export"])
+def test_help_that_nobody_takes(module, broken, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdout", broken)
+    with pytest.raises(SystemExit) as left:
+        importlib.import_module(f"bmsn.{module}").main(["--help"])
+    assert left.value.code == 141
+    full = f"python -m bmsn.{module}: help could not be printed: {os.strerror(errno.ENOSPC)}\n"
+    assert capsys.readouterr().err == (full if broken.name == "/dev/full" else "")
+    broken.flush()  # as the interpreter does at its end
 
 
 def test_what_failed_is_said_all_the_same(broken, monkeypatch, capsys):
