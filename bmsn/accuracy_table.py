@@ -124,15 +124,18 @@ def pareto_lines(rows: Sequence[AccuracyRow[_C]]) -> list[str]:
     return [f"*: Pareto front, the {front} that no other is as cheap and more accurate than."] if front else []
 
 
-def describe(seeds: Sequence[int], training: TrainingSettings, results: Mapping[str, TaskResult]) -> str:
-    """How the networks of a table were trained, for its first line."""
+def describe(
+    space: SearchSpace, seeds: Sequence[int], training: TrainingSettings, results: Mapping[str, TaskResult]
+) -> str:
+    """How the networks of a table downsample and were trained, for its first line."""
     schedule = f"cosine to {training.min_lr:g}"
     if training.milestones:
         schedule = f"times {training.factor:g} after {', '.join(f'{m:g}' for m in training.milestones)} of the training"
     versions = " and ".join(sorted({result.torch for result in results.values()})) or "unknown"
     return (
-        f"seeds {seeds[0]} to {seeds[-1]}, {training.epochs} epochs, batch {training.batch_size}, lr {training.lr:g} "
-        f"{schedule}, momentum {training.momentum:g}, weight decay {training.weight_decay:g}, torch {versions}"
+        f"pool {space.pool}, seeds {seeds[0]} to {seeds[-1]}, {training.epochs} epochs, batch {training.batch_size}, "
+        f"lr {training.lr:g} {schedule}, momentum {training.momentum:g}, weight decay {training.weight_decay:g}, "
+        f"torch {versions}"
     )
 
 

@@ -125,7 +125,7 @@ def run_retraining(
         for row in accuracy_rows(space, chosen, data, tasks, outcome)
     ]
     title = f"{space.name} trained alone on both halves of {images.spec}: " + describe(
-        seeds, config.training, outcome.results
+        space, seeds, config.training, outcome.results
     )
     columns = (*CSV_COLUMNS, "search_rank", "search_accuracy", "is_default", "pareto")
     write_csv(config.run / "retrain.csv", title, columns, [row.as_dict() for row in rows])

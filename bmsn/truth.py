@@ -135,7 +135,8 @@ def run_ground_truth(
         paths=tuple(row for row in accuracy_rows(space, paths, data, tasks, outcome) if row.n),
         failed=failures(tasks, outcome),
     )
-    title = f"{space.spec} trained alone on {config.data}: {describe(seeds, config.training, outcome.results)}"
+    trained = describe(space, seeds, config.training, outcome.results)
+    title = f"{space.spec} trained alone on {config.data}: {trained}"
     columns = (*CSV_COLUMNS, "pareto")
     cells = [row.as_dict() for row in truth.rows] + [row.as_dict() for row in truth.paths]
     write_csv(config.out / "ground_truth.csv", title, columns, cells)

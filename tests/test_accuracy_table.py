@@ -9,7 +9,7 @@ import pytest
 
 import bmsn
 from bmsn import ground_truth, retrain
-from bmsn.accuracy_table import AccuracyRow, accuracy_rows
+from bmsn.accuracy_table import AccuracyRow, accuracy_rows, describe
 from bmsn.correlation import load_truth
 from bmsn.retraining import RetrainedRow, Retraining
 from bmsn.scheduler import Outcome
@@ -88,3 +88,12 @@ def test_the_file_has_the_front_in_its_last_column_and_loads_without_it(tmp_path
     older.write_text("\n".join([title, *(line.rpartition(",")[0] for line in lines), ""]))
     assert load_truth(str(older), SPACE) == truth
     assert truth[SPACE.find("5-1-1").index] == 77.5
+
+
+def test_the_first_line_says_how_the_networks_downsample_and_were_trained():
+    space = bmsn.SearchSpace.named("resnet14-cifar10", pool="avg")
+    settings = bmsn.TrainingSettings(epochs=7, batch_size=32, milestones=(0.5, 0.75))
+    assert describe(space, [4, 5], settings, {"a": task_result(20)}) == (
+        "pool avg, seeds 4 to 5, 7 epochs, batch 32, lr 0.1 times 0.1 after 0.5, 0.75 of the training, momentum 0.9, "
+        "weight decay 0.001, torch 2.13"
+    )

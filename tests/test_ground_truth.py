@@ -124,7 +124,7 @@ def test_the_table_holds_what_the_networks_reach(finished):
     ]
     assert truth[3] == pytest.approx(np.mean(alone), abs=1e-3)
     assert "tau-b of a ranking by MACs alone" in printed
-    assert "seeds 0 to 1, 2 epochs, batch 16" in (folder / "ground_truth.csv").read_text().splitlines()[0]
+    assert "pool max, seeds 0 to 1, 2 epochs, batch 16" in (folder / "ground_truth.csv").read_text().splitlines()[0]
     assert sorted(trained(folder)) == sorted(f"{a.slug}:{seed}" for a in SPACE for seed in (0, 1))
     assert not claims(folder)
 
