@@ -152,14 +152,16 @@ void bind_norm_relu(py::module_& m) {
         };
         bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
-    const auto gradient = [](const Shape& shape, std::uintptr_t e, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t line,
-                             std::uintptr_t dx, int threads) {
+    const auto gradient = [](const Shape& shape, bool bfloat16, std::uintptr_t e, std::uintptr_t x, std::uintptr_t stats,
+                             std::uintptr_t line, std::uintptr_t dx, int threads) {
         const auto [groups, rows, channels] = shape;
-        bmsn::norm_gradient({groups, rows, channels},
-                            {reinterpret_cast<const std::uint16_t*>(e), reinterpret_cast<const std::uint16_t*>(x),
-                             reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(line),
-                             reinterpret_cast<std::uint16_t*>(dx)},
-                            threads);
+        const auto run = [&]<typename T>(T) {
+            const bmsn::NormGradient<T> call{reinterpret_cast<const T*>(e), reinterpret_cast<const T*>(x),
+                                             reinterpret_cast<const float*>(stats), reinterpret_cast<const float*>(line),
+                                             reinterpret_cast<T*>(dx)};
+            bmsn::norm_gradient({groups, rows, channels}, call, threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
     py::enum_<bmsn::Shortcut>(m, "Shortcut")
         .value("none", bmsn::Shortcut::none)
@@ -176,14 +178,20 @@ void bind_norm_relu(py::module_& m) {
 // Addresses (0: not there) come from bmsn.ops.conv2d, which has checked dtypes, shapes and layout and made the output.
 void bind_conv_gradient(py::module_& m) {
     using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t grad, std::uintptr_t dw,
-                         int threads) {
+    const auto call = [](const Shape& shape, bool bfloat16, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t grad,
+                         std::uintptr_t dw, int threads) {
         const auto [images, height, width, in_channels, out_channels] = shape;
-        bmsn::conv_weight_gradient({images, height, width, in_channels, out_channels}, reinterpret_cast<const std::uint16_t*>(x),
-                                   reinterpret_cast<const float*>(stats), reinterpret_cast<const std::uint16_t*>(grad),
-                                   reinterpret_cast<std::uint16_t*>(dw), threads);
+        const auto run = [&]<typename T>(T) {
+            bmsn::conv_weight_gradient({images, height, width, in_channels, out_channels}, reinterpret_cast<const T*>(x),
+                                       reinterpret_cast<const float*>(stats), reinterpret_cast<const T*>(grad),
+                                       reinterpret_cast<T*>(dw), threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
-    m.def("has_conv_weight_gradient", &bmsn::has_conv_weight_gradient);
+    const auto has = [](bool bfloat16) {
+        return bfloat16 ? bmsn::has_conv_weight_gradient(std::uint16_t{}) : bmsn::has_conv_weight_gradient(float{});
+    };
+    m.def("has_conv_weight_gradient", has);
     m.def("conv_weight_gradient", call, py::call_guard<py::gil_scoped_release>());
 }
 
@@ -195,30 +203,36 @@ void bind_conv_forward(py::module_& m) {
     using Branch = std::tuple<std::int64_t, std::int64_t, std::uintptr_t, std::int64_t, std::int64_t, bool, std::uintptr_t,
                               std::uintptr_t, std::tuple<std::uintptr_t, std::uintptr_t, std::uintptr_t>, bool,
                               std::tuple<std::uintptr_t, std::uintptr_t>>;
-    const auto call = [](const Shape& shape, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t weight_index,
+    const auto call = [](const Shape& shape, bool bfloat16, std::uintptr_t x, std::uintptr_t stats, std::uintptr_t weight_index,
                          const std::vector<Branch>& given, double eps, int threads) {
         const auto [groups, images, height, width, in_channels] = shape;
         const auto* const index = reinterpret_cast<const std::int32_t*>(weight_index);
-        std::vector<bmsn::ConvBranch> branches;
-        for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu, masked] : given) {
-            const auto [scale, shift, shortcut] = scaled;
-            const auto [masked_by, masked_stats] = masked;
-            if (masked_by && !(of_y && masked_stats)) throw py::value_error("masked_by needs stats and masked_stats");
-            for (std::int64_t g = 0; index && g < groups; ++g)
-                if (index[g] < 0 || index[g] >= sets)
-                    throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " + std::to_string(index[g]));
-            branches.push_back({kernel, channels, reinterpret_cast<const std::uint16_t*>(weight), sets, set_stride, transposed,
-                                reinterpret_cast<std::uint16_t*>(y), reinterpret_cast<float*>(of_y),
-                                reinterpret_cast<const float*>(scale), reinterpret_cast<const float*>(shift),
-                                reinterpret_cast<const std::uint16_t*>(shortcut), relu,
-                                reinterpret_cast<const std::uint16_t*>(masked_by), reinterpret_cast<const float*>(masked_stats)});
-        }
-        const py::gil_scoped_release nogil;
-        bmsn::conv_forward({groups, images, height, width, in_channels, reinterpret_cast<const std::uint16_t*>(x),
-                            reinterpret_cast<const float*>(stats), index},
-                           branches, eps, threads);
+        const auto run = [&]<typename T>(T) {
+            std::vector<bmsn::ConvBranch<T>> branches;
+            for (const auto& [kernel, channels, weight, sets, set_stride, transposed, y, of_y, scaled, relu, masked] : given) {
+                const auto [scale, shift, shortcut] = scaled;
+                const auto [masked_by, masked_stats] = masked;
+                if (masked_by && !(of_y && masked_stats)) throw py::value_error("masked_by needs stats and masked_stats");
+                for (std::int64_t g = 0; index && g < groups; ++g)
+                    if (index[g] < 0 || index[g] >= sets)
+                        throw py::index_error("weight_index must be in 0.." + std::to_string(sets - 1) + "; got " +
+                                              std::to_string(index[g]));
+                branches.push_back({kernel, channels, reinterpret_cast<const T*>(weight), sets, set_stride, transposed,
+                                    reinterpret_cast<T*>(y), reinterpret_cast<float*>(of_y), reinterpret_cast<const float*>(scale),
+                                    reinterpret_cast<const float*>(shift), reinterpret_cast<const T*>(shortcut), relu,
+                                    reinterpret_cast<const T*>(masked_by), reinterpret_cast<const float*>(masked_stats)});
+            }
+            const py::gil_scoped_release nogil;
+            bmsn::conv_forward(bmsn::ConvInput<T>{groups, images, height, width, in_channels, reinterpret_cast<const T*>(x),
+                                                  reinterpret_cast<const float*>(stats), index},
+                               std::span<const bmsn::ConvBranch<T>>(branches), eps, threads);
+        };
+        bfloat16 ? run(std::uint16_t{}) : run(float{});
     };
-    m.def("has_conv_forward", &bmsn::has_conv_forward);
+    const auto has = [](bool bfloat16) {
+        return bfloat16 ? bmsn::has_conv_forward(std::uint16_t{}) : bmsn::has_conv_forward(float{});
+    };
+    m.def("has_conv_forward", has);
     m.def("conv_forward", call);
 }
 

@@ -2,16 +2,10 @@
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 
-#include <omp.h>
-
-#include <algorithm>
-#include <cmath>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <type_traits>
-#include <vector>
 
+#include "conv_strips.h"
 #include "half_lanes.h"
 
 namespace bmsn {
@@ -19,23 +13,14 @@ namespace {
 
 using Bits = std::uint32_t;  // the same pixel of two neighbouring channels
 
-constexpr std::int64_t kQuad = 4;       // pixels are taken by the four of a row
+constexpr std::int64_t kQuad = 4;             // pixels are taken by the four of a row
+constexpr std::int64_t kBlock = 2 * kLanes;   // outputs
 constexpr std::int64_t kFrame = 16384;  // bytes of an image's rows that are computed at a time, so that they stay in L1
-
-struct Free {
-    void operator()(void* p) const { ::operator delete(p, std::align_val_t{64}); }
-};
-template <typename T>
-using Buffer = std::unique_ptr<T[], Free>;
-template <typename T>
-Buffer<T> make_buffer(std::int64_t size) {
-    return Buffer<T>(static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), std::align_val_t{64})));
-}
 
 std::int64_t pairs_of(std::int64_t channels) { return (channels + 1) / 2; }
 
 // Weights of a block of 32 outputs (at the end perhaps 16) as the tiles read them: taps, pairs of inputs, outputs.
-BMSN_BF16 void pack(const ConvBranch& branch, std::int64_t in, const Half* weight, std::int64_t o, std::int64_t block, Bits* to) {
+BMSN_BF16 void pack_block(const ConvBranch<Half>& branch, std::int64_t in, const Half* weight, std::int64_t o, std::int64_t block, Bits* to) {
     const std::int64_t taps = branch.kernel * branch.kernel, out = branch.channels;
     const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i rows = _mm512_mullo_epi32(places, _mm512_set1_epi32(static_cast<int>(taps * in / 2)));
@@ -59,8 +44,8 @@ BMSN_BF16 void pack(const ConvBranch& branch, std::int64_t in, const Half* weigh
 
 // Rows `first` to `last` of an image and one on either side, 0 outside of it, into a frame whose first and last column are 0:
 // (last - first + 2, width + 2, pairs). Normalised if that is asked for.
-BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, const float* rstd, std::int64_t first,
-                    std::int64_t last, Half* frame) {
+BMSN_BF16 void load_rows(const ConvInput<Half>& input, const Half* x, const float* mean, const float* rstd, std::int64_t first,
+                         std::int64_t last, Half* frame) {
     const std::int64_t in = input.channels, pixel = 2 * pairs_of(in), size = input.width * in, line = input.width * pixel;
     Half* to = frame + pixel;
     for (std::int64_t row = first - 1; row <= last; ++row, to += line + 2 * pixel) {
@@ -77,22 +62,10 @@ BMSN_BF16 void load(const ConvInput& input, const Half* x, const float* mean, co
     }
 }
 
-// What becomes of a convolution: nothing more, moments of it, what stands behind it with frozen statistics, or ReLU's mask.
-enum class End { plain, measured, scaled, masked };
-
-// Some rows of one image: of how many pixels, where their frame lies and where their results go. `moments` (3, out): a value
-// among these, the sum of all others' distances from it, and of their squares; or, masked, 0, the sum, and that of the products
-// with masked_by - mean.
-struct Rows {
-    std::int64_t width, quads, pairs, out;
+// A strip in quads of pixels, and where its frame lies.
+struct Rows : Strip<Half> {
+    std::int64_t quads, pairs;
     const Bits* frame;
-    Half* y;
-    float* moments;
-    const float *scale, *shift;
-    const Half* shortcut;
-    bool relu;
-    const Half* masked_by;
-    const float* mean;
 };
 
 // kQuads quads of pixels, N vectors of outputs from `o` on. kPairs: the pairs of inputs where the compiler shall know them.
@@ -167,16 +140,47 @@ BMSN_BF16_INLINE void add_outputs(const Rows& rows, const Bits* weight, std::int
             for (int n = 0; n < N; ++n) _mm512_storeu_ps(rows.moments + m * rows.out + o + n * kLanes, moments[m][n]);
 }
 
+struct HalfKernel {
+    using Value = Half;
+    using Word = Bits;
+    using Convolve = void (*)(const HalfKernel&, const Strip<Half>&, const Bits*, const Bits*);
+
+    const ConvInput<Half>& input;
+    std::int64_t pairs, height, scratch_size;
+
+    explicit HalfKernel(const ConvInput<Half>& input) : input(input), pairs(pairs_of(input.channels)) {
+        const std::int64_t line = (input.width + 2) * pairs;
+        height = std::clamp<std::int64_t>(kFrame / 4 / line - 2, 1, input.height);
+        scratch_size = (height + 2) * line;
+    }
+
+    std::int64_t weight_size(const ConvBranch<Half>& branch) const { return branch.kernel * branch.kernel * pairs * branch.channels; }
+
+    std::int64_t pack_items(const ConvBranch<Half>& branch) const { return (branch.channels + kBlock - 1) / kBlock; }
+
+    void pack(const ConvBranch<Half>& branch, const Half* weight, std::int64_t item, Bits* to) const {
+        const std::int64_t o = item * kBlock, taps = branch.kernel * branch.kernel;
+        pack_block(branch, input.channels, weight, o, std::min(kBlock, branch.channels - o), to + o * taps * pairs);
+    }
+
+    void load(const Half* x, const float* mean, const float* rstd, std::int64_t first, std::int64_t last, Bits* frame) const {
+        load_rows(input, x, mean, rstd, first, last, reinterpret_cast<Half*>(frame));
+    }
+
+    Convolve convolver(const ConvBranch<Half>& branch) const;
+};
+
 template <int kKernel, End kEnd, int kPairs>
-BMSN_BF16 void convolve_rows(const Rows& rows, const Bits* weight) {
+BMSN_BF16 void convolve_rows(const HalfKernel& kernel, const Strip<Half>& strip, const Bits* weight, const Bits* frame) {
+    const Rows rows{strip, strip.rows * strip.width / kQuad, kernel.pairs, frame};
     const std::int64_t size = kKernel * kKernel * rows.pairs;
     std::int64_t o = 0;
-    for (; o + 2 * kLanes <= rows.out; o += 2 * kLanes) add_outputs<2, kKernel, kEnd, kPairs>(rows, weight + o * size, o);
+    for (; o + kBlock <= rows.out; o += kBlock) add_outputs<2, kKernel, kEnd, kPairs>(rows, weight + o * size, o);
     if (o < rows.out) add_outputs<1, kKernel, kEnd, kPairs>(rows, weight + o * size, o);
 }
 
 template <End kEnd>
-auto convolver(std::int64_t kernel, std::int64_t pairs) {
+HalfKernel::Convolve convolver_of(std::int64_t kernel, std::int64_t pairs) {
     const auto of = [pairs]<int kKernel>(std::integral_constant<int, kKernel>) {
         return pairs == 8    ? convolve_rows<kKernel, kEnd, 8>
                : pairs == 16 ? convolve_rows<kKernel, kEnd, 16>
@@ -186,141 +190,21 @@ auto convolver(std::int64_t kernel, std::int64_t pairs) {
     return kernel == 3 ? of(std::integral_constant<int, 3>{}) : of(std::integral_constant<int, 1>{});
 }
 
-// How an image is cut: so many rows at a time, at the end perhaps fewer.
-struct Strips {
-    std::int64_t count, height;
-};
-
-// A branch with its weights packed, (sets, blocks, taps, pairs, outputs), and the moments of every strip of every image.
-struct Prepared {
-    ConvBranch branch;
-    std::int64_t set_size;
-    Buffer<Bits> weights;
-    Buffer<float> moments;
-    void (*convolve)(const Rows&, const Bits*);
-
-    Prepared(const ConvBranch& branch, const ConvInput& input, const Strips& strips)
-        : branch(branch),
-          set_size(branch.kernel * branch.kernel * pairs_of(input.channels) * branch.channels),
-          weights(make_buffer<Bits>(branch.sets * set_size)),
-          moments(make_buffer<float>(branch.stats ? input.groups * input.images * strips.count * 3 * branch.channels : 0)),
-          convolve((branch.masked_by ? convolver<End::masked>
-                    : branch.stats   ? convolver<End::measured>
-                    : branch.scale   ? convolver<End::scaled>
-                                     : convolver<End::plain>)(branch.kernel, pairs_of(input.channels))) {}
-};
-
-// Mean and rstd of a group from the moments of its strips, in float64, one after the other (Chan et al. 1979). `sums`: 2 * out.
-void join(const ConvInput& input, const Strips& strips, const Prepared& prepared, std::int64_t group, double eps, double* sums) {
-    const std::int64_t out = prepared.branch.channels, all = input.images * strips.count;
-    double *const mean = sums, *const squares = sums + out, pixels = 0;
-    std::fill_n(sums, 2 * out, 0.);
-    const float* from = prepared.moments.get() + group * all * 3 * out;
-    for (std::int64_t n = 0; n < all; ++n, from += 3 * out) {
-        const std::int64_t rows = std::min(strips.height, input.height - n % strips.count * strips.height);
-        const auto own = static_cast<double>(rows * input.width);
-        const double share = own / (pixels + own), between = pixels * share;
-        pixels += own;
-        for (std::int64_t c = 0; c < out; ++c) {
-            const double beyond = from[out + c] / own, delta = from[c] + beyond - mean[c];
-            mean[c] += delta * share;
-            squares[c] += from[2 * out + c] - from[out + c] * beyond + delta * delta * between;
-        }
-    }
-    for (std::int64_t c = 0; c < out; ++c) {
-        const double variance = squares[c] / pixels;
-        prepared.branch.stats[group * out + c] = static_cast<float>(mean[c]);
-        prepared.branch.stats[(input.groups + group) * out + c] =
-            static_cast<float>(1.0 / std::sqrt((variance < 0 ? 0 : variance) + eps));
-    }
-}
-
-// The line of a group's gradient from the sums of its strips. `sums`: 2 * out.
-void join_line(const ConvInput& input, const Strips& strips, const Prepared& prepared, std::int64_t group, double* sums) {
-    const ConvBranch& branch = prepared.branch;
-    const std::int64_t out = branch.channels, all = input.images * strips.count;
-    std::fill_n(sums, 2 * out, 0.);
-    const float* from = prepared.moments.get() + group * all * 3 * out;
-    for (std::int64_t n = 0; n < all; ++n, from += 3 * out)
-        for (std::int64_t k = 0; k < 2 * out; ++k) sums[k] += from[out + k];
-    const auto pixels = static_cast<double>(input.images * input.height * input.width);
-    for (std::int64_t c = 0; c < out; ++c) {
-        const std::int64_t linear = (input.groups + group) * out + c;
-        const double rstd = branch.masked_stats[linear], share = rstd / pixels;
-        branch.stats[group * out + c] = static_cast<float>(sums[c] * share);
-        branch.stats[linear] = static_cast<float>(sums[out + c] * rstd * rstd * share);
+HalfKernel::Convolve HalfKernel::convolver(const ConvBranch<Half>& branch) const {
+    switch (end_of(branch)) {
+        case End::masked: return convolver_of<End::masked>(branch.kernel, pairs);
+        case End::measured: return convolver_of<End::measured>(branch.kernel, pairs);
+        case End::scaled: return convolver_of<End::scaled>(branch.kernel, pairs);
+        default: return convolver_of<End::plain>(branch.kernel, pairs);
     }
 }
 
 }  // namespace
 
-bool has_conv_forward() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+bool has_conv_forward(std::uint16_t) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 
-void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, double eps, int threads) {
-    const std::int64_t in = input.channels, images = input.groups * input.images, pairs = pairs_of(in);
-    const std::int64_t line = (input.width + 2) * pairs;  // of the frame, in Bits
-    const std::int64_t height = std::clamp<std::int64_t>(kFrame / 4 / line - 2, 1, input.height);
-    const Strips strips{(input.height + height - 1) / height, height};
-    const std::int64_t frame_size = (height + 2) * line;
-    std::int64_t widest = 0;
-    std::vector<Prepared> all;
-    for (const ConvBranch& branch : branches) {
-        all.emplace_back(branch, input, strips);
-        widest = std::max(widest, branch.channels);
-    }
-    const auto frames = make_buffer<Bits>(threads * frame_size);  // here, because nothing may throw in a parallel region
-    const auto sums = make_buffer<double>(threads * 2 * widest);
-#pragma omp parallel num_threads(threads)
-    {
-        for (const Prepared& one : all) {
-            const std::int64_t blocks = (one.branch.channels + 2 * kLanes - 1) / (2 * kLanes), taps = one.branch.kernel * one.branch.kernel;
-#pragma omp for schedule(static)
-            for (std::int64_t item = 0; item < one.branch.sets * blocks; ++item) {
-                const std::int64_t set = item / blocks, o = item % blocks * 2 * kLanes;
-                pack(one.branch, in, one.branch.weight + set * one.branch.set_stride, o,
-                     std::min(2 * kLanes, one.branch.channels - o), one.weights.get() + set * one.set_size + o * taps * pairs);
-            }
-        }
-        Bits* const frame = frames.get() + omp_get_thread_num() * frame_size;
-        double* const own_sums = sums.get() + omp_get_thread_num() * 2 * widest;
-        std::fill_n(frame, frame_size, Bits{0});
-#pragma omp for schedule(static)
-        for (std::int64_t n = 0; n < images; ++n) {
-            const std::int64_t g = n / input.images;
-            const float* const mean = input.stats ? input.stats + g * in : nullptr;
-            const float* const rstd = input.stats ? input.stats + (input.groups + g) * in : nullptr;
-            for (std::int64_t first = 0; first < input.height; first += height) {
-                const std::int64_t last = std::min(first + height, input.height);
-                load(input, input.x + n * input.height * input.width * in, mean, rstd, first, last, reinterpret_cast<Half*>(frame));
-                for (const Prepared& one : all) {
-                    const std::int64_t out = one.branch.channels;
-                    Half* const y = one.branch.y + (n * input.height + first) * input.width * out;
-                    float* const moments = one.moments.get() + (n * strips.count + first / height) * (one.branch.stats ? 3 * out : 0);
-                    const bool scaled = one.branch.scale;
-                    one.convolve({.width = input.width,
-                                  .quads = (last - first) * input.width / kQuad,
-                                  .pairs = pairs,
-                                  .out = out,
-                                  .frame = frame,
-                                  .y = y,
-                                  .moments = moments,
-                                  .scale = scaled ? one.branch.scale + g * out : nullptr,
-                                  .shift = scaled ? one.branch.shift + g * out : nullptr,
-                                  .shortcut = one.branch.shortcut ? one.branch.shortcut + (y - one.branch.y) : nullptr,
-                                  .relu = one.branch.relu,
-                                  .masked_by = one.branch.masked_by ? one.branch.masked_by + (y - one.branch.y) : nullptr,
-                                  .mean = one.branch.masked_by ? one.branch.masked_stats + g * out : nullptr},
-                                 one.weights.get() + (input.weight_index ? input.weight_index[g] : 0) * one.set_size);
-                }
-            }
-        }
-        for (const Prepared& one : all)
-            if (one.branch.stats) {
-#pragma omp for schedule(static)
-                for (std::int64_t g = 0; g < input.groups; ++g)
-                    one.branch.masked_by ? join_line(input, strips, one, g, own_sums) : join(input, strips, one, g, eps, own_sums);
-            }
-    }
+void conv_forward(const ConvInput<Half>& input, std::span<const ConvBranch<Half>> branches, double eps, int threads) {
+    convolve_strips(HalfKernel(input), input, branches, eps, threads);
 }
 
 }  // namespace bmsn
@@ -329,8 +213,8 @@ void conv_forward(const ConvInput& input, std::span<const ConvBranch> branches, 
 
 namespace bmsn {
 
-bool has_conv_forward() { return false; }
-void conv_forward(const ConvInput&, std::span<const ConvBranch>, double, int) {}
+bool has_conv_forward(std::uint16_t) { return false; }
+void conv_forward(const ConvInput<std::uint16_t>&, std::span<const ConvBranch<std::uint16_t>>, double, int) {}
 
 }  // namespace bmsn
 

@@ -115,7 +115,7 @@ Half rounded(float x) {  // to bfloat16: nearest, ties to even; a NaN stays one
 
 }  // namespace
 
-bool has_conv_weight_gradient() { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
+bool has_conv_weight_gradient(std::uint16_t) { return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw"); }
 
 void conv_weight_gradient(const ConvShape& shape, const Half* x, const float* stats, const Half* grad, Half* dw, int threads) {
     const std::int64_t in = shape.in_channels, out = shape.out_channels, size = kTaps * kTaps * in * out;
@@ -153,7 +153,7 @@ void conv_weight_gradient(const ConvShape& shape, const Half* x, const float* st
 
 namespace bmsn {
 
-bool has_conv_weight_gradient() { return false; }
+bool has_conv_weight_gradient(std::uint16_t) { return false; }
 void conv_weight_gradient(const ConvShape&, const std::uint16_t*, const float*, const std::uint16_t*, std::uint16_t*, int) {}
 
 }  // namespace bmsn

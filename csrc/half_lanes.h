@@ -1,9 +1,7 @@
 // 16 bfloat16 values at a time as AVX512-BF16 takes them, for the files that use its products.
 #pragma once
 
-#include <immintrin.h>
-
-#include <cstdint>
+#include "lanes.h"
 
 #define BMSN_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 #define BMSN_BF16_INLINE inline __attribute__((always_inline, target("avx512f,avx512bw,avx512vl,avx512bf16")))
@@ -13,11 +11,6 @@ namespace {
 
 using Half = std::uint16_t;
 
-constexpr std::int64_t kLanes = 16;
-
-// (all lanes of a mask, because GCC 12 warns of the plain intrinsics' undefined ones)
-constexpr __mmask16 kAll = 0xffff;
-
 BMSN_BF16_INLINE __m512i load_low(const Half* from) {
     return _mm512_maskz_cvtepu16_epi32(kAll, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
@@ -25,8 +18,6 @@ BMSN_BF16_INLINE __m512i load_low(const Half* from) {
 BMSN_BF16_INLINE __m512i load_high(const Half* from) { return _mm512_maskz_slli_epi32(kAll, load_low(from), 16); }
 
 BMSN_BF16_INLINE __m512 widen(const Half* from) { return _mm512_castsi512_ps(load_high(from)); }
-
-BMSN_BF16_INLINE __m512 relu(__m512 x) { return _mm512_maskz_max_ps(kAll, _mm512_setzero_ps(), x); }  // a NaN stays
 
 BMSN_BF16_INLINE void narrow(Half* to, __m512 x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));

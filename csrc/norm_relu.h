@@ -63,10 +63,11 @@ struct NormBackward {
 };
 
 // The last step of the backward pass alone, without a shortcut: dx = rstd * e - line[0] - (x - mean) * line[1].
+template <typename T>
 struct NormGradient {
-    const std::uint16_t *e, *x;
+    const T *e, *x;
     const float *stats, *line;  // (2, groups, channels): mean and rstd of x; rstd * mean(e) and rstd^2 * mean(e * xhat)
-    std::uint16_t* dx;          // may be e
+    T* dx;                      // may be e
 };
 
 void norm_relu(const NormShape& shape, Shortcut kind, const NormForward<float>& call, double eps, int threads);
@@ -77,6 +78,7 @@ void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<f
 void norm_add_relu_pool(const NormShape& shape, Shortcut kind, const NormApply<std::uint16_t>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads);
 void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads);
-void norm_gradient(const NormShape& shape, const NormGradient& call, int threads);
+void norm_gradient(const NormShape& shape, const NormGradient<float>& call, int threads);
+void norm_gradient(const NormShape& shape, const NormGradient<std::uint16_t>& call, int threads);
 
 }  // namespace bmsn

@@ -186,16 +186,8 @@ void backward(const NormShape& shape, Shortcut kind, const NormBackward<T>& call
     }
 }
 
-}  // namespace
-
-void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads) {
-    backward(shape, kind, call, threads);
-}
-void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads) {
-    backward(shape, kind, call, threads);
-}
-
-void norm_gradient(const NormShape& shape, const NormGradient& call, int threads) {
+template <typename T>
+void apply_line(const NormShape& shape, const NormGradient<T>& call, int threads) {
     const Partition part(shape);
     const Normalisation norm(shape, call.stats, nullptr);
     const float* const linear = call.line + shape.groups * shape.channels;
@@ -206,5 +198,17 @@ void norm_gradient(const NormShape& shape, const NormGradient& call, int threads
         gradient_chunk(part.chunk(task), Mask::none, call.e + at, norm.at(call.x, group, at), line, call.dx + at);
     }
 }
+
+}  // namespace
+
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<float>& call, int threads) {
+    backward(shape, kind, call, threads);
+}
+void norm_relu_backward(const NormShape& shape, Shortcut kind, const NormBackward<std::uint16_t>& call, int threads) {
+    backward(shape, kind, call, threads);
+}
+
+void norm_gradient(const NormShape& shape, const NormGradient<float>& call, int threads) { apply_line(shape, call, threads); }
+void norm_gradient(const NormShape& shape, const NormGradient<std::uint16_t>& call, int threads) { apply_line(shape, call, threads); }
 
 }  // namespace bmsn

@@ -4,11 +4,30 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
+from bmsn.backend import extension
 from bmsn.ops.conv_bn import ConvBn, batch_statistics_reference, conv_bn
+from oracles import assert_no_worse
 from stacked import device_for, random_map, random_rows
+
+
+def has_instructions(dtype: torch.dtype) -> bool:
+    """Whether the C++ convolution of bfloat16 or float32 was built and runs here."""
+    cpp = extension()
+    return cpp is not None and cpp.has_conv_forward(dtype == torch.bfloat16)
+
+
+def needs_convolution(dtype: torch.dtype) -> pytest.MarkDecorator:
+    instructions = "AVX512-BF16" if dtype == torch.bfloat16 else "AVX-512"
+    return pytest.mark.skipif(not has_instructions(dtype), reason=f"bmsn._C was not built, or no {instructions}")
+
+
+def assert_exact_enough(actual: Tensor, *, eager: Tensor, oracle: Tensor) -> None:
+    """`assert_no_worse`; in float32 12 units are allowed, for what Winograd adds up can be larger than the result."""
+    assert_no_worse(actual, eager=eager, oracle=oracle, units=12 if actual.dtype == torch.float32 else 1)
 
 
 @dataclass(frozen=True)

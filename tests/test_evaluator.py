@@ -11,11 +11,11 @@ import torch
 
 import bmsn.evaluator
 import bmsn.execution
-from bmsn.backend import extension
 from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_by_one
 from bmsn.exporting_network import network_from_supernet
 from bmsn.network import SupernetMixture
 from bmsn.space import SPACES, SearchSpace
+from convolutions import needs_convolution
 from evaluations import make_case, needed_bytes
 from stacked import device_for, needs_cpp, needs_gpu, needs_triton
 
@@ -121,14 +121,15 @@ def test_low_precision_differs_by_rounding_ties_alone(dtype):
     assert differences.sum() <= 0.01 * one_pass.total * len(pairs)
 
 
-@pytest.mark.skipif(
-    not (extension() and extension().has_conv_forward()), reason="bmsn._C was not built, or no AVX512-BF16"
+@pytest.mark.parametrize(
+    ("dtype", "convolutions"),  # of the latter so many of an architecture's 14 are ours: no stem, no 1x1 in float32
+    [pytest.param(t, n, marks=needs_convolution(t)) for t, n in ((torch.bfloat16, 13), (torch.float32, 12))],
 )
 @pytest.mark.parametrize("norm", ["batch", "calibrated"])
 @pytest.mark.parametrize("pool", ["max", "avg"])
-def test_our_cpu_convolution_classifies_as_float64_does(pool, norm, monkeypatch):
+def test_our_cpu_convolution_classifies_as_float64_does(pool, norm, dtype, convolutions, monkeypatch):
     """At the widths that it is for. Labels are what float64 predicts: a map in the wrong place leaves chance."""
-    monkeypatch.setattr("bmsn.ops.convolution._has_kernel", lambda: True)
+    monkeypatch.setattr("bmsn.ops.convolution._has_kernel", lambda dtype: True)
     generator = torch.Generator().manual_seed(3)
     nets = SupernetMixture(SearchSpace.named("resnet14-cifar10", pool=pool), 2, 4, generator=generator)
     nets.arena.detach()[:, -4:] = 0
@@ -139,15 +140,15 @@ def test_our_cpu_convolution_classifies_as_float64_does(pool, norm, monkeypatch)
         plain = module.convolve_cpp
         monkeypatch.setattr(module, "convolve_cpp", lambda *a, plain=plain, **k: runs.append(a) or plain(*a, **k))
     for pair in all_pairs(nets)[::5]:
-        frozen = {} if norm == "batch" else {"norm": norm, "calibration_images": images.bfloat16()}
+        frozen = {} if norm == "batch" else {"norm": norm, "calibration_images": images.to(dtype)}
         logits = network_from_supernet(wide, *pair, images)(images) if frozen else wide(images, *pair)
         labels = (logits - logits.mean(0)).argmax(1)
         shifted = deepcopy(nets)
         shifted.arena.detach()[:, -4:] = -logits.detach().mean(0).float()  # so that all classes are predicted
-        scores = score_architectures(shifted, images.bfloat16(), labels, [pair], backend="cpp", **frozen)
+        scores = score_architectures(shifted, images.to(dtype), labels, [pair], backend="cpp", **frozen)
         assert len(labels.unique()) > 2
         assert scores.correct.item() >= 88
-    assert len(runs) >= 6 * 13  # every 3x3 convolution of every pair
+    assert len(runs) >= 6 * convolutions
 
 
 def test_order_subset_and_memory_format_do_not_matter():

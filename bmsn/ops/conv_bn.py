@@ -122,8 +122,9 @@ def conv_bn(
         x = _normalised(x, stats, chosen, x if overwrite else None)
         stats = None
     if not measure:
-        maps = [convolve(x, w, num_groups, weight_index, stride) for w in weights]
-        return _as_conv_bn([t for y in maps for t in (y, _empty_stats(x, 0, y.shape[1]))])
+        return _as_conv_bn(
+            [t for w in weights for t in _convolved(x, w, num_groups, weight_index, stride, chosen, measure=False)]
+        )
     out = torch.ops.bmsn.conv_bn(x, weight, num_groups, stats, weight_index, stride, shortcut_weight, chosen)
     return _as_conv_bn(out)
 
@@ -209,6 +210,25 @@ def _fused_cpp(
     return [tensor for pair in zip(maps, stats_out, strict=True) for tensor in pair]
 
 
+def _convolved(
+    x: Tensor,
+    weight: Tensor,
+    num_groups: int,
+    weight_index: Tensor | None,
+    stride: int,
+    backend: str,
+    *,
+    measure: bool = True,
+) -> list[Tensor]:
+    """One convolution of x as it is, and its statistics where they are wanted."""
+    if backend == "cpp" and has_cpp_convolution(x, weight, stride):
+        return _fused_cpp(x, [weight], num_groups, None, weight_index, measure)
+    y = convolve(x, weight, num_groups, weight_index, stride)
+    if not measure:
+        return [y, _empty_stats(x, 0, y.shape[1])]
+    return [y, torch.ops.bmsn.batch_statistics(y, num_groups, backend)]
+
+
 def _normalised(x: Tensor, stats: Tensor, backend: str, to: Tensor | None = None) -> Tensor:
     """relu((x - mean) * rstd), in `to` or in memory of its own."""
     to = torch.empty_like(x) if to is None else to
@@ -261,11 +281,7 @@ def _conv_bn_impl(
     if backend == "cpp" or takes_library(weight):
         if stats is not None:
             x = _normalised(x, stats, backend)
-        found = []
-        for w in weights:
-            y = convolve(x, w, num_groups, weight_index, stride)
-            found += [y, torch.ops.bmsn.batch_statistics(y, num_groups, backend)]
-        return found
+        return [t for w in weights for t in _convolved(x, w, num_groups, weight_index, stride, backend)]
     from bmsn.kernels.conv_bn import launch_conv_bn
 
     out = _empty_conv_bn(x, weight, num_groups, stride, shortcut_weight)

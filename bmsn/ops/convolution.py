@@ -1,8 +1,8 @@
 """What the convolving ops share: their checks, the shape of what they return, torch's own convolution and ours.
 
-Ours is a 3x3 or 1x1 convolution in bfloat16 for CPUs with AVX512-BF16, which normalises what it loads and takes
-statistics of what it stores. At 16 to 128 channels it has 570 to 890 GFLOP/s on two cores of a Zen 5, oneDNN's without
-any of that 360 to 900. Where a CPU has AMX, oneDNN's is taken.
+Ours normalises what it loads and takes statistics of what it stores. In bfloat16, for CPUs with AVX512-BF16, it is 3x3
+or 1x1: at 16 to 128 channels 570 to 890 GFLOP/s on two cores of a Zen 5, oneDNN's without any of that 360 to 900. Where
+a CPU has AMX, oneDNN's is taken. In float32, for CPUs with AVX-512, it is 3x3 by Winograd's F(2x2, 3x3).
 """
 
 from __future__ import annotations
@@ -90,30 +90,42 @@ def has_cpp_convolution(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
     """Whether the C++ kernel has this convolution.
 
     Args:
-        x: (B, I, H, W), W a multiple of 4, I at most `MAX_CHANNELS`.
-        weight: (..., O, I, k, k), k 1 or 3, O a multiple of 16 and at most `MAX_CHANNELS`. Both are bfloat16, and lie
-            with the channels last, which is checked of x alone.
+        x: (B, I, H, W), I at most `MAX_CHANNELS`; in bfloat16 W a multiple of 4, in float32 H and W of 2, I of 16.
+        weight: (..., O, I, k, k), k 3, in bfloat16 also 1, O a multiple of 16 and at most `MAX_CHANNELS`. Both are
+            bfloat16 or float32, and lie with the channels last, which is checked of x alone.
         stride: of the convolution, 1.
     """
     outputs, inputs, *kernel = weight.shape[-4:]
     return (
         x.device.type == "cpu"
         and x.ndim == 4
-        and x.dtype == weight.dtype == torch.bfloat16
-        and kernel in ([1, 1], [3, 3])
+        and x.dtype == weight.dtype
         and stride == 1
-        and x.shape[3] % 4 == outputs % 16 == 0
+        and (_fits_half if x.dtype == torch.bfloat16 else _fits_winograd)(x, inputs, kernel)
+        and outputs % 16 == 0
         and max(inputs, outputs) <= MAX_CHANNELS
         and x.numel() > 0
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _has_kernel()
+        and _has_kernel(x.dtype)
     )
 
 
+def _fits_half(x: Tensor, inputs: int, kernel: list[int]) -> bool:
+    return kernel in ([1, 1], [3, 3]) and x.shape[3] % 4 == 0
+
+
+def _fits_winograd(x: Tensor, inputs: int, kernel: list[int]) -> bool:
+    even = x.shape[2] % 2 == x.shape[3] % 2 == 0
+    return x.dtype == torch.float32 and kernel == [3, 3] and even and inputs % 16 == 0
+
+
 @functools.cache
-def _has_kernel() -> bool:
+def _has_kernel(dtype: torch.dtype) -> bool:
     module = extension()
-    return module is not None and module.has_conv_forward() and not torch.cpu._is_amx_tile_supported()
+    is_half = dtype == torch.bfloat16
+    if module is None or (is_half and torch.cpu._is_amx_tile_supported()):
+        return False
+    return module.has_conv_forward(is_half)
 
 
 class Branch(NamedTuple):
@@ -121,7 +133,7 @@ class Branch(NamedTuple):
 
     Attributes:
         weight: (S, O, I, k, k), as `has_cpp_convolution` wants it.
-        y: (B, O, H, W), bfloat16, channels_last: gets the result.
+        y: (B, O, H, W), dtype of the map, channels_last: gets the result.
         stats: (2, G, O) float32, contiguous: gets mean and rstd of y; None or no elements: not wanted.
         transposed: the map is the gradient of a convolution's output, (B, O, H, W), and y, (B, I, H, W), gets that of
             its input; then I is the multiple of 16, and O even.
@@ -173,7 +185,7 @@ def convolve_cpp(
 
     loaded_extension().conv_forward(
         (num_groups, len(x) // num_groups, x.shape[2], x.shape[3], x.shape[1]),
-        *(x.data_ptr(), address(stats), address(weight_index)),
+        *(x.dtype == torch.bfloat16, x.data_ptr(), address(stats), address(weight_index)),
         [described(branch) for branch in branches],
         *(EPS, torch.get_num_threads()),
     )
