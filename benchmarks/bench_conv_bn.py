@@ -1,11 +1,14 @@
-"""conv_bn on stacked states: ours, plain torch, and the library's convolution between sweeps of ours; bfloat16 NHWC.
+"""conv_bn on stacked states: ours, plain torch, and the library's convolution between sweeps of ours.
+
+All in NHWC order and in the dtype that bmsn computes in on this machine.
 
     pytest benchmarks/bench_conv_bn.py --benchmark-only
 
 A call normalises + ReLUs its input, convolves, and measures its output: what stands between two convolutions counts
 once. The floor is the larger of two times: every map read and written once at a copy's speed, and the arithmetic at
-the speed of a large product, both measured in the same process. The row `library conv + our sweeps` says for each shape
-whether cuDNN's or oneDNN's convolution would win over the fused kernel.
+the speed of a large product, both measured in the same process; Winograd's, ours in float32 on a CPU, has fewer products
+and may be below it. The row `library conv + our sweeps` says for each shape whether cuDNN's or oneDNN's convolution would
+win over the fused kernel.
 
 batch_statistics alone reads each map once; its floor is that read, at a copy's speed. Eager's are rounded to bfloat16.
 """
@@ -26,6 +29,7 @@ from torch import Tensor
 from bmsn.ops.bn_add_relu_pool import bn_add_relu_pool
 from bmsn.ops.conv_bn import batch_statistics, conv_bn
 from bmsn.ops.norm_relu import EPS
+from bmsn.trainer import compute_dtype
 
 # channels in and out, size of the map, kernel: ResNet-20's three widths; ResNet-50's wide ends (GPU, or --full)
 SHAPES = [(16, 16, 32, 3), (32, 32, 16, 3), (64, 64, 8, 3)]
@@ -39,9 +43,9 @@ def test_conv_bn(benchmark: BenchmarkFixture, device: torch.device, full: bool, 
         pytest.skip("takes minutes with the rest of its kind: --full")
     groups, images = (16, 256) if gpu else (2, 128)
     i, o, size, k = shape
-    x = torch.randn((groups * images, i, size, size), device=device).bfloat16()
+    x = torch.randn((groups * images, i, size, size), device=device).to(compute_dtype(device))
     x = x.contiguous(memory_format=torch.channels_last)
-    weight = (torch.randn((1, o, k, k, i), device=device) * (i * k * k) ** -0.5).bfloat16()
+    weight = (torch.randn((1, o, k, k, i), device=device) * (i * k * k) ** -0.5).to(x.dtype)
     weight = weight.permute(0, 1, 4, 2, 3)
     stats = batch_statistics(x, groups)
     scratch = x.clone()
@@ -67,9 +71,11 @@ def test_conv_bn(benchmark: BenchmarkFixture, device: torch.device, full: bool, 
         torch.testing.assert_close(found.y, eager(), rtol=2**-5, atol=2**-4)
         torch.testing.assert_close(found.stats, batch_statistics(eager(), groups), rtol=0.02, atol=0.01)
         seconds = interleaved(calls, rounds=10 if gpu else 7, repeats=10 if gpu else 3)
-        benchmark.group = f"conv_bn {i}->{o} {k}x{k}, {groups} groups of {images} x {size}x{size}, {device.type}"
+        benchmark.group = (
+            f"conv_bn {i}->{o} {k}x{k}, {groups} groups of {images} x {size}x{size}, {x.dtype}, {device.type}"
+        )
         pixels = groups * images * size * size
-        moved = 2 * (pixels * (i + o) + weight.numel())
+        moved = x.element_size() * (pixels * (i + o) + weight.numel())
         report_floor(benchmark, seconds["bmsn"], device, bytes_moved=moved, flop=2 * pixels * weight.numel())
         report(benchmark, seconds, "bmsn")
         benchmark.pedantic(calls["bmsn"], rounds=5)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from bmsn.network import SupernetMixture
 from bmsn.space import Architecture
+from bmsn.trainer import compute_dtype
 
 
 class EagerNet(nn.Module):
@@ -129,11 +130,11 @@ def report(benchmark: object, seconds: dict[str, list[float]], ours: str) -> Non
 
 @functools.cache
 def ceilings(device: torch.device) -> tuple[float, float]:
-    """Measured: bytes a second of a large copy (read and written), FLOP a second of a large bfloat16 product."""
+    """Measured: bytes a second of a large copy (read and written), FLOP a second of a large product in bmsn's dtype here."""
     gpu = device.type == "cuda"
     source = torch.randn(2**28 if gpu else 2**25, device=device)
     target = torch.empty_like(source)
-    a, b = torch.randn((2, 8192, 8192) if gpu else (2, 2048, 2048), device=device).bfloat16()
+    a, b = torch.randn((2, 8192, 8192) if gpu else (2, 2048, 2048), device=device).to(compute_dtype(device))
     found = interleaved({"copy": lambda: target.copy_(source), "product": lambda: a @ b}, rounds=5)
     return 2 * source.nbytes / min(found["copy"]), 2 * len(a) ** 3 / min(found["product"])
 
