@@ -6,9 +6,9 @@ All in NHWC order and in the dtype that bmsn computes in on this machine.
 
 A call normalises + ReLUs its input, convolves, and measures its output: what stands between two convolutions counts
 once. The floor is the larger of two times: every map read and written once at a copy's speed, and the arithmetic at
-the speed of a large product, both measured in the same process; Winograd's, ours in float32 on a CPU, has fewer products
-and may be below it. The row `library conv + our sweeps` says for each shape whether cuDNN's or oneDNN's convolution would
-win over the fused kernel.
+the speed of a large product, both measured in the same process; ours in float32 on a CPU, Winograd's, has fewer
+products and may be below it. The row `library conv + our sweeps` says for each shape whether cuDNN's or oneDNN's
+convolution would win over the fused kernel.
 
 batch_statistics alone reads each map once; its floor is that read, at a copy's speed. Eager's are rounded to bfloat16.
 """

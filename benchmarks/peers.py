@@ -130,7 +130,7 @@ def report(benchmark: object, seconds: dict[str, list[float]], ours: str) -> Non
 
 @functools.cache
 def ceilings(device: torch.device) -> tuple[float, float]:
-    """Measured: bytes a second of a large copy (read and written), FLOP a second of a large product in bmsn's dtype here."""
+    """Measured: bytes a second of a large copy (read and written), FLOP a second of a large product in bmsn's dtype."""
     gpu = device.type == "cuda"
     source = torch.randn(2**28 if gpu else 2**25, device=device)
     target = torch.empty_like(source)
