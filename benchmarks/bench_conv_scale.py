@@ -1,4 +1,4 @@
-"""conv_scale on stacked states: ours against eager conv * scale + shift + shortcut and ReLU; bfloat16 NHWC.
+"""conv_scale on stacked states: ours against eager conv * scale + shift + shortcut and ReLU; NHWC, in bmsn's dtype.
 
     pytest benchmarks/bench_conv_scale.py --benchmark-only
 
@@ -17,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 from bmsn.ops.conv_scale import conv_scale
+from bmsn.trainer import compute_dtype
 
 
 @pytest.mark.parametrize("shape", SHAPES + WIDE, ids=lambda s: "{}-{}-{}px-{}x{}".format(*s, s[3]))
@@ -26,9 +27,10 @@ def test_conv_scale(benchmark: BenchmarkFixture, device: torch.device, full: boo
         pytest.skip("takes minutes with the rest of its kind: --full")
     groups, images = (16, 256) if gpu else (2, 128)
     i, o, size, k = shape
-    x, shortcut = (torch.randn((groups * images, c, size, size), device=device).bfloat16() for c in (i, o))
+    dtype = compute_dtype(device)
+    x, shortcut = (torch.randn((groups * images, c, size, size), device=device).to(dtype) for c in (i, o))
     x, shortcut = (t.contiguous(memory_format=torch.channels_last) for t in (x, shortcut))
-    weight = (torch.randn((1, o, k, k, i), device=device) * (i * k * k) ** -0.5).bfloat16().permute(0, 1, 4, 2, 3)
+    weight = (torch.randn((1, o, k, k, i), device=device) * (i * k * k) ** -0.5).to(dtype).permute(0, 1, 4, 2, 3)
     scale, shift = torch.rand((groups, o), device=device) + 0.5, torch.randn((groups, o), device=device)
     into = torch.empty_like(shortcut)  # as in a plan, which writes to memory that is there
 
@@ -39,7 +41,7 @@ def test_conv_scale(benchmark: BenchmarkFixture, device: torch.device, full: boo
         return F.relu(F.conv2d(x, weight, padding=k // 2) * scale + shift + shortcut)
 
     per_image = [t.repeat_interleave(images, 0)[:, :, None, None] for t in (scale, shift)]
-    low = [t.bfloat16() for t in per_image]
+    low = [t.to(dtype) for t in per_image]
     first = [t[:images].double() for t in (x, *per_image, shortcut)]  # one group is enough for the gate
 
     def eager() -> Tensor:
@@ -56,9 +58,11 @@ def test_conv_scale(benchmark: BenchmarkFixture, device: torch.device, full: boo
         assert errors[0] <= 2 * errors[1]
         benchmark.extra_info["largest error"] = "{:.2g}, eager {:.2g}".format(*errors)
         seconds = interleaved(calls, rounds=10 if gpu else 7, repeats=10 if gpu else 3)
-        benchmark.group = f"conv_scale {i}->{o} {k}x{k}, {groups} groups of {images} x {size}x{size}, {device.type}"
+        benchmark.group = (
+            f"conv_scale {i}->{o} {k}x{k}, {groups} groups of {images} x {size}x{size}, {dtype}, {device.type}"
+        )
         pixels = groups * images * size * size
-        moved = 2 * (pixels * (i + 2 * o) + weight.numel())
+        moved = x.element_size() * (pixels * (i + 2 * o) + weight.numel())
         report_floor(benchmark, seconds["bmsn"], device, bytes_moved=moved, flop=2 * pixels * weight.numel())
         report(benchmark, seconds, "bmsn")
         benchmark.pedantic(ours, rounds=5)

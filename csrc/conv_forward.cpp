@@ -13,14 +13,15 @@ namespace {
 
 using Bits = std::uint32_t;  // the same pixel of two neighbouring channels
 
-constexpr std::int64_t kQuad = 4;             // pixels are taken by the four of a row
-constexpr std::int64_t kBlock = 2 * kLanes;   // outputs
-constexpr std::int64_t kFrame = 16384;  // bytes of an image's rows that are computed at a time, so that they stay in L1
+constexpr std::int64_t kQuad = 4;            // pixels are taken by the four of a row
+constexpr std::int64_t kBlock = 2 * kLanes;  // outputs
+constexpr std::int64_t kFrame = 16384;       // bytes of an image's rows that are computed at a time, so that they stay in L1
 
 std::int64_t pairs_of(std::int64_t channels) { return (channels + 1) / 2; }
 
 // Weights of a block of 32 outputs (at the end perhaps 16) as the tiles read them: taps, pairs of inputs, outputs.
-BMSN_BF16 void pack_block(const ConvBranch<Half>& branch, std::int64_t in, const Half* weight, std::int64_t o, std::int64_t block, Bits* to) {
+BMSN_BF16 void pack_block(const ConvBranch<Half>& branch, std::int64_t in, const Half* weight, std::int64_t o, std::int64_t block,
+                          Bits* to) {
     const std::int64_t taps = branch.kernel * branch.kernel, out = branch.channels;
     const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i rows = _mm512_mullo_epi32(places, _mm512_set1_epi32(static_cast<int>(taps * in / 2)));

@@ -10,15 +10,14 @@ namespace {
 
 constexpr std::int64_t kTiles = 32;          // of a strip, about: their points fit the L1 and L2 caches
 constexpr std::int64_t kBlock = 2 * kLanes;  // outputs
-constexpr std::int64_t kTaps = 3;
 
-// A filter's three taps at the four points.
-void at_points(const float (&tap)[kTaps], float* to, std::int64_t pitch) {
-    const float ends = tap[0] + tap[2];
-    to[0] = tap[0];
-    to[pitch] = .5f * (ends + tap[1]);
-    to[2 * pitch] = .5f * (ends - tap[1]);
-    to[3 * pitch] = tap[2];
+// Three taps of 16 filters at the four points.
+BMSN_AVX512_INLINE void at_points(__m512 first, __m512 middle, __m512 last, __m512 (&to)[kPatch]) {
+    const __m512 half = _mm512_set1_ps(.5f), ends = _mm512_add_ps(first, last);
+    to[0] = first;
+    to[1] = _mm512_mul_ps(half, _mm512_add_ps(ends, middle));
+    to[2] = _mm512_mul_ps(half, _mm512_sub_ps(ends, middle));
+    to[3] = last;
 }
 
 struct WinogradKernel {
@@ -29,7 +28,8 @@ struct WinogradKernel {
     const ConvInput<float>& input;
     std::int64_t across, height, tiles, sums_at, scratch_size;  // tiles of a row; of a strip, in eights
 
-    WinogradKernel(const ConvInput<float>& input, std::span<const ConvBranch<float>> branches) : input(input), across(input.width / 2) {
+    WinogradKernel(const ConvInput<float>& input, std::span<const ConvBranch<float>> branches)
+        : input(input), across(input.width / 2) {
         const std::int64_t rows = std::clamp<std::int64_t>(kTiles / across, 1, input.height / 2);
         height = 2 * rows;
         tiles = (rows * across + 7) / 8 * 8;
@@ -44,24 +44,32 @@ struct WinogradKernel {
     std::int64_t pack_items(const ConvBranch<float>& branch) const { return (branch.channels + kBlock - 1) / kBlock; }
 
     // A block of outputs, (points, blocks, inputs, outputs).
-    void pack(const ConvBranch<float>& branch, const float* weight, std::int64_t item, float* to) const {
+    BMSN_AVX512 void pack(const ConvBranch<float>& branch, const float* weight, std::int64_t item, float* to) const {
         const std::int64_t in = input.channels, out = branch.channels, first = item * kBlock;
         const std::int64_t block = std::min(kBlock, out - first), pitch = in * out;
+        const __m512i places = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        const __m512i rows = _mm512_mullo_epi32(places, _mm512_set1_epi32(static_cast<int>(9 * in)));
         for (std::int64_t i = 0; i < in; ++i)
-            for (std::int64_t o = 0; o < block; ++o) {
-                float row[kTaps][kTaps], half[kPatch][kTaps];
-                for (std::int64_t tap = 0; tap < kTaps * kTaps; ++tap)
-                    row[tap % kTaps][tap / kTaps] =  // the taps of a column together
-                        branch.transposed ? weight[(i * 9 + 8 - tap) * out + first + o] : weight[((first + o) * 9 + tap) * in + i];
-                for (std::int64_t s = 0; s < kTaps; ++s) at_points(row[s], &half[0][s], kTaps);
-                float* const at = to + first * in + i * block + o;
-                for (std::int64_t p = 0; p < kPatch; ++p) at_points(half[p], at + kPatch * p * pitch, pitch);
+            for (std::int64_t o = 0; o < block; o += kLanes) {
+                const auto filter = [&](std::int64_t tap) BMSN_AVX512 {
+                    if (branch.transposed) return _mm512_loadu_ps(weight + (i * 9 + 8 - tap) * out + first + o);
+                    const float* const from = weight + ((first + o) * 9 + tap) * in + i;
+                    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), kAll, rows, from, 4);
+                };
+                __m512 column[3][kPatch], point[kPatch];
+                for (std::int64_t s = 0; s < 3; ++s) at_points(filter(s), filter(3 + s), filter(6 + s), column[s]);
+                for (std::int64_t p = 0; p < kPatch; ++p) {
+                    at_points(column[0][p], column[1][p], column[2][p], point);
+                    for (std::int64_t q = 0; q < kPatch; ++q)
+                        _mm512_store_ps(to + (kPatch * p + q) * pitch + first * in + i * block + o, point[q]);
+                }
             }
     }
 
     BMSN_AVX512 void load(const float* x, const float* mean, const float* rstd, std::int64_t first, std::int64_t last,
                           float* scratch) const {
-        transform_tiles({input.height, input.width, input.channels, x, mean, rstd}, first, last, scratch, pitch_of(tiles, input.channels));
+        const Map map{input.height, input.width, input.channels, x, mean, rstd};
+        transform_tiles(map, first, last, scratch, pitch_of(tiles, input.channels));
     }
 
     Convolve convolver(const ConvBranch<float>& branch) const;

@@ -109,10 +109,10 @@ BMSN_AVX512 void add_images(const ConvShape& shape, const Tiles& tiles, std::int
                 add_tiles(shape, tiles, count, sums);
                 count = 0;
             }
-            transform_tiles({shape.height, shape.width, in, x + n * pixels * in, stats, rstd}, row, end, tiles.x + count * in,
-                            pitch_of(tiles.room, in));
-            transform_gradient({shape.height, shape.width, out, grad + n * pixels * out, nullptr, nullptr}, row, end,
-                               tiles.grad + count * out, pitch_of(tiles.room, out));
+            const Map of_x{shape.height, shape.width, in, x + n * pixels * in, stats, rstd};
+            const Map of_grad{shape.height, shape.width, out, grad + n * pixels * out, nullptr, nullptr};
+            transform_tiles(of_x, row, end, tiles.x + count * in, pitch_of(tiles.room, in));
+            transform_gradient(of_grad, row, end, tiles.grad + count * out, pitch_of(tiles.room, out));
             count += more;
         }
     add_tiles(shape, tiles, count, sums);
@@ -144,7 +144,8 @@ void conv_weight_gradient(const ConvShape& shape, const float* x, const float* s
 #pragma omp for schedule(static)
         for (std::int64_t part = 0; part < parts; ++part) {
             std::fill_n(sums.get() + part * size, size, 0.f);
-            add_images(shape, own, part * shape.images / parts, (part + 1) * shape.images / parts, x, stats, grad, sums.get() + part * size);
+            const std::int64_t first = part * shape.images / parts, last = (part + 1) * shape.images / parts;
+            add_images(shape, own, first, last, x, stats, grad, sums.get() + part * size);
         }
 #pragma omp for schedule(static)
         for (std::int64_t at = 0; at < size; at += pitch)

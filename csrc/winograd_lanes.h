@@ -36,12 +36,14 @@ BMSN_AVX512_INLINE void transform_rows(const Map& map, std::int64_t first, std::
             const __m512 rstd = kNormed ? _mm512_loadu_ps(map.rstd + c) : _mm512_setzero_ps();
             const auto value = [&](__mmask16 there, const float* at) BMSN_AVX512 {
                 const __m512 x = _mm512_maskz_loadu_ps(there, at);
-                return kNormed ? _mm512_maskz_max_ps(there, _mm512_setzero_ps(), _mm512_mul_ps(_mm512_sub_ps(x, mean), rstd)) : x;
+                if (!kNormed) return x;
+                return _mm512_maskz_max_ps(there, _mm512_setzero_ps(), _mm512_mul_ps(_mm512_sub_ps(x, mean), rstd));
             };
             __m512 column[4][kPatch];  // of a tile, transformed downwards
             const auto down = [&](std::int64_t x, __m512(&d)[kPatch]) BMSN_AVX512 {
                 const float* const at = above + x * channels + c;
-                const __m512 d0 = value(top, at), d1 = value(kAll, at + line), d2 = value(kAll, at + 2 * line), d3 = value(bottom, at + 3 * line);
+                const __m512 d0 = value(top, at), d1 = value(kAll, at + line);
+                const __m512 d2 = value(kAll, at + 2 * line), d3 = value(bottom, at + 3 * line);
                 d[0] = _mm512_sub_ps(d0, d2);
                 d[1] = _mm512_add_ps(d1, d2);
                 d[2] = _mm512_sub_ps(d2, d1);

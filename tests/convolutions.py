@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from bmsn.backend import extension
+from bmsn.ops import conv2d
+from bmsn.ops import convolution as ops
 from bmsn.ops.conv_bn import ConvBn, batch_statistics_reference, conv_bn
 from oracles import assert_no_worse
 from stacked import device_for, random_map, random_rows
@@ -18,6 +20,14 @@ def has_instructions(dtype: torch.dtype) -> bool:
     """Whether the C++ convolution of bfloat16 or float32 was built and runs here."""
     cpp = extension()
     return cpp is not None and cpp.has_conv_forward(dtype == torch.bfloat16)
+
+
+def take_ours_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C++ convolution also where it is tested, but not taken: oneDNN has AMX, or maps and batches are small."""
+    monkeypatch.setattr(ops, "_has_kernel", has_instructions)
+    monkeypatch.setattr(ops, "MIN_MAP", 0)
+    monkeypatch.setattr(ops, "MIN_PIXELS", 0)
+    monkeypatch.setattr(conv2d, "MIN_PIXELS", 0)
 
 
 def needs_convolution(dtype: torch.dtype) -> pytest.MarkDecorator:

@@ -17,7 +17,7 @@ from bmsn.ops.conv_bn import conv_bn
 from bmsn.ops.conv_scale import conv_scale, conv_scale_reference
 from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
 from bmsn.ops.norm_relu import EPS
-from convolutions import assert_exact_enough, has_instructions, needs_convolution
+from convolutions import assert_exact_enough, needs_convolution, take_ours_everywhere
 from stacked import assert_guards_hold, channels_last, guarded, random_map, random_rows
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -55,9 +55,8 @@ BOTH = [pytest.param(dtype, marks=needs_convolution(dtype)) for dtype in (HALF, 
 
 
 @pytest.fixture(autouse=True)
-def without_amx(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Where oneDNN has AMX ours is not taken, but tested."""
-    monkeypatch.setattr(module, "_has_kernel", has_instructions)
+def ours_everywhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    take_ours_everywhere(monkeypatch)
     num_threads = torch.get_num_threads()
     yield
     torch.set_num_threads(num_threads)
@@ -90,8 +89,6 @@ def plainly(x: Tensor, weight: Tensor, index: Tensor, stats: Tensor | None) -> t
 @pytest.mark.parametrize(("shape", "dtype"), CASES)
 def test_error_is_at_most_twice_eager(shape: tuple[int, ...], dtype: torch.dtype, normalises: bool) -> None:
     x, weight, index, stats = make_case(shape, dtype)
-    if normalises and shape[2] % 16:
-        pytest.skip("normalises 16 channels at a time")
     assert has_cpp_convolution(x, weight)
     given = stats if normalises else None
     found = conv_bn(x, weight, len(index), stats=given, weight_index=index, backend="cpp")
@@ -253,8 +250,11 @@ def test_fake_tensors_have_no_memory_to_compute_in(dtype: torch.dtype) -> None:
     affine = torch.ones(2, 32)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake_x, fake_weight, ones = (mode.from_tensor(t) for t in (x, weight, affine))
-        assert conv_bn(fake_x, fake_weight, 2).y.shape == (4, 32, 8, 8)
-        assert conv_scale(fake_x, fake_weight, 2, scale=ones, shift=ones, relu=True).shape == (4, 32, 8, 8)
+        for measure in (True, False):
+            assert conv_bn(fake_x, fake_weight, 2, measure=measure).y.shape == (4, 32, 8, 8)
+        scaled = conv_scale(fake_x, fake_weight, 2, scale=ones, shift=ones, relu=True)
+        assert scaled.shape == (4, 32, 8, 8)
+        assert conv_scale(fake_x, fake_weight, 2, scale=ones, shift=ones, relu=True, into=scaled) is scaled
 
 
 @pytest.mark.parametrize("dtype", BOTH)
@@ -290,8 +290,14 @@ def test_what_it_is_not_for(dtype: torch.dtype) -> None:
 
 
 @needs_convolution(SINGLE)
-def test_what_it_is_not_for_in_float32() -> None:
+def test_what_it_is_not_for_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, *_ = make_case((2, 2, 32, 16, 8, 8, 3), SINGLE)
+    for bound, least in (("MIN_MAP", 64), ("MIN_PIXELS", 256)):
+        monkeypatch.setattr(module, bound, least)
+        assert has_cpp_convolution(x, weight)
+        monkeypatch.setattr(module, bound, least + 1)
+        assert not has_cpp_convolution(x, weight)
+        monkeypatch.setattr(module, bound, 0)
     assert not has_cpp_convolution(channels_last(x[:, :, :5]), weight)
     assert not has_cpp_convolution(x, weight[..., :1, :1])
     assert not has_cpp_convolution(channels_last(x[:, :24]), weight[:, :, :24])

@@ -15,7 +15,7 @@ from bmsn.evaluator import all_pairs, make_plan, score_architectures, score_one_
 from bmsn.exporting_network import network_from_supernet
 from bmsn.network import SupernetMixture
 from bmsn.space import SPACES, SearchSpace
-from convolutions import needs_convolution
+from convolutions import needs_convolution, take_ours_everywhere
 from evaluations import make_case, needed_bytes
 from stacked import device_for, needs_cpp, needs_gpu, needs_triton
 
@@ -129,7 +129,7 @@ def test_low_precision_differs_by_rounding_ties_alone(dtype):
 @pytest.mark.parametrize("pool", ["max", "avg"])
 def test_our_cpu_convolution_classifies_as_float64_does(pool, norm, dtype, convolutions, monkeypatch):
     """At the widths that it is for. Labels are what float64 predicts: a map in the wrong place leaves chance."""
-    monkeypatch.setattr("bmsn.ops.convolution._has_kernel", lambda dtype: True)
+    take_ours_everywhere(monkeypatch)
     generator = torch.Generator().manual_seed(3)
     nets = SupernetMixture(SearchSpace.named("resnet14-cifar10", pool=pool), 2, 4, generator=generator)
     nets.arena.detach()[:, -4:] = 0

@@ -8,9 +8,9 @@ and again for dw, and ReLU's mask and the sums of the normalisation's gradient a
 
 In bfloat16, 3x3, at 16 to 64 channels, on two cores of a Zen 5: forward pass and data gradient 640 to 860 GFLOP/s,
 where oneDNN has 380 to 850, the less the narrower; weight gradients 370 to 480 a core against 180 to 360. With AMX,
-oneDNN's own are taken. In float32, 3x3, at 16 to 128 channels, on a core of a Skylake Xeon with AVX-512: the forward
-pass with statistics is 1.3 to 1.8 times as fast as oneDNN's, with normalisation 1.5 to 2.0 times, the data gradient 1.2
-to 1.5 times, the weight gradient 1.0 to 1.5 times.
+oneDNN's own are taken. In float32, 3x3, at 16 to 128 channels, on two cores of a Skylake Xeon with AVX-512, against
+oneDNN's between sweeps that do the rest: forward 1.6 to 2.0 times as fast, the data gradient 1.4 to 1.7 times, the
+weight gradient 1.1 to 1.7 times (`benchmarks/bench_conv2d.py`).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from bmsn.ops.convolution import Branch, convolve_cpp, has_cpp_convolution
 from bmsn.ops.norm_relu import norm_relu
 
 MAX_CHANNELS = {torch.bfloat16: 64, torch.float32: 128}  # up to which the weight gradient was measured to pay
+MIN_PIXELS = 2048  # of a batch, from which on it does in float32
 CHOICES = ("cpp", "triton", "reference")  # where all ops shall run in Triton, convolutions are torch's
 
 # stats: mean and rstd of x, where relu(norm(x)) is convolved.
@@ -93,8 +94,7 @@ def _run(x: Tensor, weight: Tensor, stride: int, backend: str, *, measure: bool)
 
 def _is_normed_ours(x: Tensor, weight: Tensor, stride: int) -> bool:
     """With both gradients, so that relu(norm(x)) is not wanted after all."""
-    fits = weight.is_contiguous(memory_format=torch.channels_last)
-    return stride == 1 and x.shape[1] == weight.shape[1] and fits and has_cpp_gradient(x, weight)
+    return stride == 1 and _is_ours(x, weight, stride) and has_cpp_gradient(x, weight)
 
 
 def _is_ours(x: Tensor, weight: Tensor, stride: int) -> bool:
@@ -103,18 +103,20 @@ def _is_ours(x: Tensor, weight: Tensor, stride: int) -> bool:
         and x.device == weight.device
         and weight.is_contiguous(memory_format=torch.channels_last)
         and has_cpp_convolution(x, weight, stride)
+        and not torch.is_autocast_enabled(x.device.type)  # which casts what torch convolves
     )
 
 
 def has_cpp_gradient(x: Tensor, weight: Tensor) -> bool:
     """Whether C++ has the weight gradient of this convolution: 3x3, 16 to `MAX_CHANNELS` channels, and what
-    `has_cpp_convolution` asks for: bfloat16 and a width in fours, or float32 and an even height and width."""
+    `has_cpp_convolution` asks for: bfloat16 and a width in fours, or float32 and even maps of some size."""
     out_channels, in_channels, *kernel = weight.shape
     return (
         has_cpp_convolution(x, weight)
         and kernel == [3, 3]
         and in_channels % 16 == 0
         and max(in_channels, out_channels) <= MAX_CHANNELS[x.dtype]
+        and (x.dtype == torch.bfloat16 or x.numel() >= MIN_PIXELS * in_channels)
         and _has_weight_gradient(x.dtype)
     )
 

@@ -97,8 +97,9 @@ def conv_bn(
         measure: whether the statistics of y and of the shortcut are wanted.
         into: memory for y and, where there is one, for the shortcut, apart from all that is read; it may be what is
             returned. Our CPU kernel is spared pages that were never touched, which are slow to write to.
-        backend: auto, reference, cpp (one kernel of ours, or oneDNN convolves and C++ does the rest: see
-            `bmsn.ops.convolution`) or triton (the same choice: see `bmsn.ops.convolution_choice`).
+        backend: auto, reference, cpp (one kernel of ours; or C++ normalises, then each convolution is ours or
+            oneDNN's, which C++ measures: see `bmsn.ops.convolution`) or triton (ours or cuDNN's: see
+            `bmsn.ops.convolution_choice`).
     Returns:
         See `ConvBn`. Sums in float32; statistics of the stored values, or of those before rounding. NaN propagates.
     Raises:

@@ -2,7 +2,8 @@
 
 Ours normalises what it loads and takes statistics of what it stores. In bfloat16, for CPUs with AVX512-BF16, it is 3x3
 or 1x1: at 16 to 128 channels 570 to 890 GFLOP/s on two cores of a Zen 5, oneDNN's without any of that 360 to 900. Where
-a CPU has AMX, oneDNN's is taken. In float32, for CPUs with AVX-512, it is 3x3 by Winograd's F(2x2, 3x3).
+a CPU has AMX, oneDNN's is taken. In float32, for CPUs with AVX-512, it is 3x3 by Winograd's F(2x2, 3x3), for maps and
+batches of some size (measured on a Skylake Xeon; see `benchmarks/bench_conv2d.py`); an infinity may become NaN in it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from bmsn.backend import extension
 from bmsn.errors import InputError
@@ -22,6 +24,7 @@ from bmsn.ops.checks import check_feature_map, check_groups, check_rows, check_w
 from bmsn.ops.norm_relu import EPS
 
 MAX_CHANNELS = 128  # up to which ours was measured to pay
+MIN_MAP, MIN_PIXELS = 64, 512  # of a map and of a batch: from which on it does in float32
 
 
 def check_convolution(x: Tensor, weight: Tensor, num_groups: int, weight_index: Tensor | None, stride: int) -> None:
@@ -90,7 +93,8 @@ def has_cpp_convolution(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
     """Whether the C++ kernel has this convolution.
 
     Args:
-        x: (B, I, H, W), I at most `MAX_CHANNELS`; in bfloat16 W a multiple of 4, in float32 H and W of 2, I of 16.
+        x: (B, I, H, W), I at most `MAX_CHANNELS`. In bfloat16 W is a multiple of 4; in float32 H and W of 2, I of 16,
+            H * W is at least `MIN_MAP`, B * H * W `MIN_PIXELS`.
         weight: (..., O, I, k, k), k 3, in bfloat16 also 1, O a multiple of 16 and at most `MAX_CHANNELS`. Both are
             bfloat16 or float32, and lie with the channels last, which is checked of x alone.
         stride: of the convolution, 1.
@@ -115,8 +119,10 @@ def _fits_half(x: Tensor, inputs: int, kernel: list[int]) -> bool:
 
 
 def _fits_winograd(x: Tensor, inputs: int, kernel: list[int]) -> bool:
-    even = x.shape[2] % 2 == x.shape[3] % 2 == 0
-    return x.dtype == torch.float32 and kernel == [3, 3] and even and inputs % 16 == 0
+    images, _, height, width = x.shape
+    is_large = height * width >= MIN_MAP and images * height * width >= MIN_PIXELS
+    is_even = height % 2 == width % 2 == 0
+    return x.dtype == torch.float32 and kernel == [3, 3] and is_even and is_large and inputs % 16 == 0
 
 
 @functools.cache
@@ -168,8 +174,10 @@ def convolve_cpp(
 ) -> None:
     """The C++ kernel, for what `has_cpp_convolution` accepts; x, num_groups, stats and weight_index as in `conv_bn`.
 
-    With stats, the channels of x are a multiple of 16.
+    With stats, the channels of x are a multiple of 16. Fake tensors have no memory: nothing is done.
     """
+    if isinstance(x, FakeTensor):
+        return
 
     def address(tensor: Tensor | None) -> int:
         return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
