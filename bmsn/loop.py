@@ -259,7 +259,6 @@ class SearchLoop:
         if self.truth is None:
             return {}
         macs = {row.architecture.index: float(row.macs) for row in ranked}
-        indices = {a.slug: a.index for a in self.searched}
         whole = [row for row in ranked if row.images_seen == len(self.validation)]
         accuracy = {row.architecture.index: row.accuracy for row in whole if row.accuracy is not None}
         ema = {row.architecture.index: row.ema_accuracy for row in ranked if row.ema_accuracy is not None}
@@ -270,7 +269,7 @@ class SearchLoop:
             "accuracy": agreement(accuracy, self.truth, macs),
             "ema": agreement(ema, self.truth, macs),
             "macs": agreement(macs, self.truth, macs),
-            "rules": rules_against_truth(self.record(scores), indices, self.truth, macs),
+            "rules": rules_against_truth(self.record(scores), ranked, self.truth, macs),
             "missing": [a.slug for a in self.searched if a.index not in self.truth],
         }
 

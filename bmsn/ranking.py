@@ -132,10 +132,9 @@ def rerank(result: SearchResult, rule: RankRule) -> SearchResult:
         InputError: not all pairs were scored.
     """
     known, total = standings(result.scores, rule), result.scores["total"]
-    by_estimate = sorted(result.ranking, key=lambda row: row.ema_rank or math.inf)  # as the method ranks them
     rows = [
         _with_standing(row, known[row.architecture.slug], rule) if row.architecture.slug in known else row
-        for row in by_estimate
+        for row in _by_estimate(result.ranking)
     ]
     return replace(
         result,
@@ -147,20 +146,32 @@ def rerank(result: SearchResult, rule: RankRule) -> SearchResult:
 
 
 def rules_against_truth(
-    record: Mapping[str, Any], indices: Mapping[str, int], truth: Mapping[int, float], macs: Mapping[int, float]
+    record: Mapping[str, Any],
+    ranked: Sequence[RankedArchitecture],
+    truth: Mapping[int, float],
+    macs: Mapping[int, float],
 ) -> dict[str, dict[str, Any]]:
     """`agreement` of every rule with the truth, by rule; empty where not all pairs were scored.
 
     Args:
         record: of `record_scores`.
-        indices: of the architectures in `truth` and `macs`, by slug.
+        ranked: the architectures by any rule; of equal ones the method's own ranking decides, as in `rerank`.
     """
     if "probability" not in record:
         return {}
-    return {
-        rule: agreement({indices[slug]: s.value for slug, s in standings(record, rule).items()}, truth, macs)
-        for rule in RANK_RULES
-    }
+    indices = {row.architecture.slug: row.architecture.index for row in _by_estimate(ranked)}
+    found: dict[str, dict[str, Any]] = {}
+    for rule in RANK_RULES:
+        known = standings(record, rule)
+        values = {index: known[slug].value for slug, index in indices.items() if slug in known}
+        order = sorted(values, key=lambda index: -values[index])
+        found[rule] = agreement(values, truth, macs, order if len(set(values.values())) > 1 else None)
+    return found
+
+
+def _by_estimate(ranked: Sequence[RankedArchitecture]) -> list[RankedArchitecture]:
+    """As the method ranks them."""
+    return sorted(ranked, key=lambda row: row.ema_rank or math.inf)
 
 
 def _with_standing(row: RankedArchitecture, standing: Standing, rule: RankRule | None) -> RankedArchitecture:
