@@ -165,7 +165,8 @@ def rules_against_truth(
         known = standings(record, rule)
         values = {index: known[slug].value for slug, index in indices.items() if slug in known}
         order = sorted(values, key=lambda index: -values[index])
-        found[rule] = agreement(values, truth, macs, order if len(set(values.values())) > 1 else None)
+        is_constant = len(set(values.values())) == 1  # then none is the first
+        found[rule] = agreement(values, truth, macs, None if is_constant else order)
     return found
 
 
