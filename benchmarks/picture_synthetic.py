@@ -1,4 +1,4 @@
-"""Draws examples of the built-in set, in rows: both classes of stripes, and every second class of squares.
+"""Draws examples of the built-in set, a row for each class.
 
 python benchmarks/picture_synthetic.py OUT.png
 """
@@ -14,7 +14,7 @@ matplotlib.use("Agg")  # a file is written, so no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
-from bmsn.data.synthetic import PHASES, generate_synthetic
+from bmsn.data.synthetic import generate_synthetic
 
 COLUMNS = 10
 PADDING = ((0, 0), (1, 1), (1, 1), (0, 0))  # a white frame of one pixel round each image
@@ -25,13 +25,12 @@ def draw(path: Path, seed: int) -> None:
     """Write the picture."""
     data = generate_synthetic("default", IMAGES, 0, seed)
     framed = np.pad(data.train_images, PADDING, constant_values=255)
-    shown = [*range(len(PHASES)), *range(len(PHASES), data.num_classes, 2)]
-    lines = [np.concatenate(framed[data.train_labels == label][:COLUMNS], axis=1) for label in shown]
+    lines = [np.concatenate(framed[data.train_labels == label][:COLUMNS], axis=1) for label in range(data.num_classes)]
     side = data.image_size + 2
-    figure = plt.figure(figsize=(COLUMNS * side / 50, len(shown) * side / 50))  # at 100 dpi two pixels for one
+    figure = plt.figure(figsize=(COLUMNS * side / 50, len(lines) * side / 50))  # at 100 dpi two pixels for one
     panel = figure.add_axes((0, 0, 1, 1))
     panel.imshow(np.concatenate(lines), interpolation="nearest")
-    panel.set_yticks([side * (row + 0.5) for row in range(len(shown))], [data.class_names[label] for label in shown])
+    panel.set_yticks([side * (row + 0.5) for row in range(len(lines))], data.class_names)
     panel.set_xticks([])
     figure.savefig(path, dpi=100, bbox_inches="tight")
 
