@@ -32,7 +32,7 @@ from bmsn.errors import InputError
 
 SIZE = 32
 PHASES = ("in step", "out of step")
-FOLDS = tuple(f"{away} away" for away in range(5))  # of the number of light dots from 0, 8 or 16
+FOLDS = tuple(f"{away} from a multiple of 8" for away in range(5))  # the number of light dots
 KINDS = {"fine": PHASES, "coarse": FOLDS}  # and their classes
 VARIANTS = {"default": {"fine": 1, "coarse": 3}, "fine": {"fine": 1}, "coarse": {"coarse": 1}}  # shares of the kinds
 _GREY, _TINT = 128, 30  # mean grey; largest tint of a channel
@@ -50,10 +50,7 @@ _ROWS = np.array([3, 35, 155, 256, 155, 35, 3], np.int32)  # a patch from top to
 # Rows between the centres of two patches, from and to, in so many of 256 images. With near ones learning begins, from
 # those in between it goes on to the far ones.
 _APART = np.concatenate(
-    [
-        low + (high - low + 1) * np.arange(count) // count
-        for low, high, count in ((2, 4, 97), (5, 13, 82), (14, 19, 77))
-    ]
+    [low + (high - low + 1) * np.arange(count) // count for low, high, count in ((2, 4, 97), (5, 13, 82), (14, 19, 77))]
 )
 
 _NUM_DOTS = 12
