@@ -87,6 +87,8 @@ def generate_synthetic(
         num_train: training images, at least two of every class.
         num_test: test images, at least 0.
         seed: changes images and noise.
+    Returns:
+        images (N, 32, 32, 3) uint8 in grey levels, labels (N,) int64.
     Raises:
         InputError: an unknown variant or a value out of range.
     """
