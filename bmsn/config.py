@@ -28,7 +28,7 @@ class Procedure:
         anneal: learning rate and 1/tau change with every step, or with every epoch.
         visits: the architecture of each step is drawn on its own, or in blocks: shuffled, each of them once a block, so
             that no two are ever more than one visit apart.
-        validate_every: steps from one validation batch to the next where there is one supernet, of which nothing is
+        validate_every: steps from one validation batch to the next while one supernet trains alone, so that nothing is
             chosen by a[c,m]. With more of them, and with `evaluate_top`, every step has one.
     """
 

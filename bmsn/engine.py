@@ -43,7 +43,7 @@ class StepSettings:
         ema_decay: beta of a[c,m].
         tol: KL(p(m) || uniform) that a balance reaches.
         balance_every: steps from one balance to the next.
-        validate_every: steps from one validation batch to the next; those between change nothing in a[c,m].
+        validates: whether a step has a validation batch; one without changes nothing in a[c,m].
     """
 
     momentum: float
@@ -51,10 +51,7 @@ class StepSettings:
     ema_decay: float
     tol: float
     balance_every: int
-    validate_every: int = 1
-
-    def validates(self, step: int) -> bool:
-        return (step + 1) % self.validate_every == 0
+    validates: Callable[[int], bool] = lambda step: True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class MixtureEngine:
         )  # fmt: skip
         settings = StepSettings(
             momentum=config.momentum, weight_decay=config.weight_decay, ema_decay=config.procedure.ema_decay,
-            tol=config.procedure.tol, balance_every=balance_every, validate_every=problem.validate_every,
+            tol=config.procedure.tol, balance_every=balance_every, validates=problem.validates,
         )  # fmt: skip
         state = SearchState.create(
             nets, velocity, working_copies(nets, problem.dtype), problem.train, problem.validation, tensors,

@@ -27,7 +27,7 @@ def make_state(
     dtype: torch.dtype = torch.float32,
     lr: float = 0.05,
     seed: int = 0,
-    validate_every: int = 1,
+    validates: Callable[[int], bool] = SETTINGS.validates,
 ) -> SearchState:
     """A search over the 15 architectures of a narrow ResNet-14, 8x8 images in four classes; a pure function.
 
@@ -52,7 +52,7 @@ def make_state(
     mixture.scores.fill_(1.0)
     lrs = [lr * (1 - step / num_steps) for step in range(num_steps)]
     velocity = torch.zeros_like(nets.arena.detach())
-    settings = replace(SETTINGS, validate_every=validate_every)
+    settings = replace(SETTINGS, validates=validates)
     return SearchState.create(nets, velocity, working_copies(nets, dtype), *streams, mixture, lrs, settings)
 
 

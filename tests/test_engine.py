@@ -113,7 +113,8 @@ def test_graphs_are_captured_when_first_needed_and_capturing_changes_nothing() -
 
 
 def test_steps_between_two_validation_batches_tell_the_mixture_nothing() -> None:
-    eager, recorded, graphs = make_state(60, validate_every=3), make_state(60, validate_every=3), RecordedGraphs()
+    eager, recorded = (make_state(60, validates=lambda step: step % 3 == 2) for _ in range(2))
+    graphs = RecordedGraphs()
     done = run(eager, blocks=(7, 60))
     run(recorded, graphs, blocks=(60,))
     assert_same_state(tensors_of(eager), tensors_of(recorded))

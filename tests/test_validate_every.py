@@ -1,4 +1,4 @@
-"""One supernet alone is validated every few steps: nothing is chosen by its accuracies."""
+"""While one supernet trains alone it is validated every few steps: nothing is chosen by its accuracies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def searched(by_engine: bool = True, **settings) -> SearchLoop:
 @pytest.mark.parametrize("by_engine", [True, False])
 def test_its_weights_are_the_same(method, by_engine, monkeypatch):
     few = searched(by_engine, method=method, supernets=1)
-    monkeypatch.setattr(Problem, "validate_every", 1)
+    monkeypatch.setattr(Problem, "validates", lambda self, step: True)
     all_steps = searched(by_engine, method=method, supernets=1)
     assert torch.equal(few.method.nets.arena, all_steps.method.nets.arena)
     assert few.method.cost.training_images == all_steps.method.cost.training_images == 128
@@ -41,10 +41,19 @@ def test_its_weights_are_the_same(method, by_engine, monkeypatch):
     assert (few.method.sampler.mixture.scores[~visited, 0] == 1).all()
 
 
+@pytest.mark.parametrize("by_engine", [True, False])
+def test_until_the_split_there_is_one_supernet(by_engine):
+    loop = searched(by_engine, supernets=2, split_after=0.5)
+    mixture, drawn = loop.method.sampler.mixture, loop.method.sampler.drawn
+    assert loop.method.cost.validation_images == 8 * (2 + 8)
+    assert np.array_equal(mixture.visits.sum(1), np.bincount(drawn[[3, 7, *range(8, 16)]], minlength=15))
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         dict(supernets=2),
+        dict(supernets=2, split_after=0.5, evaluate_top=3),
         dict(supernets=1, evaluate_top=3),
         dict(supernets=1, preset="paper"),
         dict(supernets=1, preset="authors"),

@@ -45,14 +45,11 @@ class Problem:
         """Steps, the first ones, in which one supernet trains alone."""
         return round(self.config.split_after * self.num_steps)
 
-    @property
-    def validate_every(self) -> int:
-        """Steps from one validation batch to the next, of methods that draw uniformly from their supernets."""
-        alone = self.config.supernets == 1 and not self.config.evaluate_top
-        return self.config.procedure.validate_every if alone else 1
-
     def validates(self, step: int) -> bool:
-        return (step + 1) % self.validate_every == 0
+        """Whether a step has a validation batch, of methods that draw architectures uniformly."""
+        chooses = self.config.supernets > 1 and step >= self.num_alone
+        every = 1 if chooses or self.config.evaluate_top else self.config.procedure.validate_every
+        return (step + 1) % every == 0
 
     def progress(self, step: int) -> float:
         """Share of the search that is done at `step`, in [0, 1]; constant within an epoch if the preset says so."""
