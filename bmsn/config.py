@@ -285,7 +285,7 @@ class FilledConfig(SearchConfig):
 # balance gives each half of the architectures, so the assigned one need not be the best (benchmarks/results).
 _SYNTHETIC_EPOCHS = 18
 _SYNTHETIC = {"batch_size": 64, "score": "pairs"}
-_SYNTHETIC_SPLIT = 0.5  # of the mixture: measured on the built-in set before today's (benchmarks/results)
+_SYNTHETIC_SPLIT = 0.5  # of the mixture (benchmarks/results)
 
 
 @dataclass(frozen=True, kw_only=True)
