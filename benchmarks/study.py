@@ -34,11 +34,11 @@ from bmsn.rank_rules import RANK_RULES
 from bmsn.scheduler import Resources
 
 # For the built-in set, of 7 classes and 78 steps an epoch: one change at a time, then those that go together. The
-# supernets of `mixture` begin there as copies of one.
+# supernets of `mixture` and `few-shot` begin there as copies of one.
 METHODS = ",".join((
     "mixture", "spos", "few-shot", "mixture:split_after=0,label=own weights",
     "mixture:supernets=4,label=4 supernets", "mixture:supernets=4,split_after=0,label=4 supernets own weights",
-    "few-shot:split_after=0.5,label=few-shot split", "mixture:refresh_every=78,label=refreshed every epoch",
+    "few-shot:split_after=0,label=few-shot own weights", "mixture:refresh_every=78,label=refreshed every epoch",
     "mixture:schedule=temperature,label=tau linear", "mixture:start_accuracy=0.14,label=a from chance",
     "mixture:average_last=0.2,label=averaged", "mixture:adapt=5,label=adapted",
     "mixture:refresh_every=78,average_last=0.2,label=refreshed averaged",

@@ -221,7 +221,7 @@ class SearchConfig:
             epochs *= supernets
         if synthetic and self.preset == "default":
             special = {**special, **_SYNTHETIC}
-            if self.method == "mixture":
+            if self.method in ("mixture", "few-shot"):
                 special["split_after"] = _SYNTHETIC_SPLIT
         values = {**preset.fields, **special, "space": space, "data": data, "supernets": supernets, "epochs": epochs}
         if self.rank_by not in (None, "assigned"):
@@ -285,7 +285,7 @@ class FilledConfig(SearchConfig):
 # balance gives each half of the architectures, so the assigned one need not be the best (benchmarks/results).
 _SYNTHETIC_EPOCHS = 18
 _SYNTHETIC = {"batch_size": 64, "score": "pairs"}
-_SYNTHETIC_SPLIT = 0.5  # of the mixture (benchmarks/results)
+_SYNTHETIC_SPLIT = 0.5  # of mixture and few-shot (benchmarks/results)
 
 
 @dataclass(frozen=True, kw_only=True)

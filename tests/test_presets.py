@@ -43,6 +43,7 @@ def test_the_built_in_set_has_settings_of_its_own():
     assert (config.space, config.supernets, config.epochs, config.batch_size) == ("resnet14-cifar10", 2, 36, 64)
     assert (config.score, config.rank_by) == ("pairs", "best")
     assert config.split_after == 0.5
+    assert SearchConfig(method="few-shot").filled().split_after == 0.5
     assert SearchConfig(method="spos").filled().split_after == 0
     assert SearchConfig(split_after=0.0).filled().split_after == 0
     paper = SearchConfig(preset="paper").filled()
