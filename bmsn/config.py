@@ -64,6 +64,9 @@ class SearchConfig:
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
         start_accuracy: a[c,m] before its first visit: 1 is optimistic, unvisited pairs are tried first; that of chance
             is not.
+        draw: what is drawn equally often: architectures (paper), or first poolings, and of those with the same one its
+            architectures: else late poolings, which few architectures have, are hardly trained and rank too low. None:
+            by the preset, where the method (mixture, spos, spos-unshared) takes it.
         split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as
             its copies. 0: all of them train from the start, each with weights of its own. None: as the preset and the
             data say, 0 for a method that has none.
@@ -115,6 +118,7 @@ class SearchConfig:
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
     start_accuracy: float = 1.0
+    draw: Literal["first-pooling", "architectures"] | None = None
     split_after: float | None = None
     average_last: float = 0.0
     warm_up: float = 0.0
@@ -223,6 +227,8 @@ class SearchConfig:
             special = {**special, **_SYNTHETIC}
             if self.method in ("mixture", "few-shot"):
                 special["split_after"] = _SYNTHETIC_SPLIT
+        if "draw" not in methods.get(self.method).settings:
+            special = {**special, "draw": None}
         values = {**preset.fields, **special, "space": space, "data": data, "supernets": supernets, "epochs": epochs}
         if self.rank_by not in (None, "assigned"):
             values["score"] = "pairs"
@@ -306,6 +312,7 @@ _PRESETS = {
             weight_decay=1e-3,
             schedule="inverse",
             balance_every=1,
+            draw="first-pooling",
             split_after=0.0,
             score="best",
         ),
@@ -321,6 +328,7 @@ _PRESETS = {
             weight_decay=1e-3,
             schedule="temperature",
             balance_every=1,
+            draw="architectures",
             split_after=0.0,
             score="best",
         ),
@@ -336,6 +344,7 @@ _PRESETS = {
             weight_decay=0.0,
             schedule="inverse",
             balance_every="epoch",
+            draw="architectures",
             split_after=0.0,
             score="best",
         ),

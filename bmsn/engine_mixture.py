@@ -55,6 +55,7 @@ class MixtureEngine:
         tensors = MixtureTensors.create(
             len(problem.space), mixture.num_supernets, drawn,
             np.array([temperature(step) for step in range(len(drawn))]), uniforms, problem.device,
+            mixture.weights,
         )  # fmt: skip
         settings = StepSettings(
             momentum=config.momentum, weight_decay=config.weight_decay, ema_decay=config.procedure.ema_decay,

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from bmsn.errors import InputError, did_you_mean
-from bmsn.ops.balance import MAX_ITERATIONS, Outcome, check_tol, solve, solver
+from bmsn.ops.balance import MAX_ITERATIONS, Outcome, check_tol, mean_one, solve, solver
 from bmsn.ops.mixture_step import BAD_ACCURACY, UNSOLVED, host_step
 
 SCHEDULES = ("inverse", "temperature")
@@ -57,6 +57,8 @@ class BalancedMixture:
         tol: KL(p(m) || uniform) that a balance reaches, 1e-14 to 1. At the default p depends on the scores alone, not
             on warm starts; at the paper's 1e-4 probabilities are up to 0.06 off.
         balance_every: steps from one balance to the next; in between, the potentials stand still.
+        weights: (C,), positive: how often each architecture is drawn, in any unit, so that supernets train equally
+            often; None: equally often.
         backend: "auto", "cpp" or "reference".
 
     Copies, pickles and `state_dict` round trips continue bit-exactly.
@@ -71,6 +73,7 @@ class BalancedMixture:
         initial_score: float = 1.0,
         tol: float = 1e-12,
         balance_every: int = 1,
+        weights: ArrayLike | None = None,
         backend: str = "auto",
     ) -> None:
         _require(num_architectures >= 1, "num_architectures", ">= 1", num_architectures)
@@ -86,6 +89,7 @@ class BalancedMixture:
             "initial_score": initial_score,
             "tol": tol,
             "balance_every": balance_every,
+            "weights": mean_one(weights, num_architectures),
             "backend": backend,
         }
         shape = (num_architectures, num_supernets)
@@ -94,7 +98,7 @@ class BalancedMixture:
         self._visits = np.zeros(shape, dtype=np.int64)
         self._last_visit = np.full(shape, -1, dtype=np.int64)
         arrays = self._columns, self._potentials, self._visits, self._last_visit  # worked on in place
-        self._step = host_step(backend, ema_decay, tol, balance_every, MAX_ITERATIONS, *arrays)
+        self._step = host_step(backend, ema_decay, tol, balance_every, MAX_ITERATIONS, self.weights, *arrays)
 
     @property
     def num_architectures(self) -> int:
@@ -103,6 +107,11 @@ class BalancedMixture:
     @property
     def num_supernets(self) -> int:
         return int(self._settings["num_supernets"])
+
+    @property
+    def weights(self) -> NDArray[np.float64]:
+        """How often each architecture is drawn, (C,), relative to the mean; a read-only view."""
+        return _read_only(self._settings["weights"])
 
     @property
     def scores(self) -> NDArray[np.float64]:
@@ -201,7 +210,7 @@ class BalancedMixture:
         table = np.ascontiguousarray(self._columns.T)
         tol = self._settings["tol"]
         run = solver(self._settings["backend"])
-        return solve(run, table, inverse_temperature, tol, MAX_ITERATIONS, self._potentials).probabilities
+        return solve(run, table, inverse_temperature, tol, MAX_ITERATIONS, self._potentials, self.weights).probabilities
 
     def entropy(self, inverse_temperature: float) -> float:
         """Mean over c of the entropy of p(.|c), in nats: log(M) undecided, 0 assigned."""

@@ -112,9 +112,9 @@ BMSN_INLINE bool centre_rows(std::int64_t cols, std::int64_t stride, double inve
     return sum_lanes(not_finite) == 0;
 }
 
-// p[m][c] = softmax_m(scale * z[m][c] + g[m]), 0 in the padding; column_sum[m]: its sums over the rows, lane by lane.
+// p[m][c] = root_weight[c] softmax_m(scale * z[m][c] + g[m]); column_sum[m]: the weighted sums over the rows, lane by lane.
 template <class V>
-BMSN_INLINE void softmax_rows(const double* z, const double* g, double scale, const Block& tail_weight,
+BMSN_INLINE void softmax_rows(const double* z, const double* g, double scale, const double* root_weight,
                               std::int64_t cols, std::int64_t stride, double* p, Block* column_sum) {
     using Reals = typename V::Reals;
     std::fill_n(column_sum, cols, Block{});
@@ -133,16 +133,17 @@ BMSN_INLINE void softmax_rows(const double* z, const double* g, double scale, co
             at<V>(p + m * stride + c) = x;
             sum += x;
         }
-        const Reals inverse = (c + 8 < stride ? Reals{} + 1. : at<V>(tail_weight.lane + c % 8)) / sum;
+        const Reals root = at<V>(root_weight + c);
+        const Reals inverse = root / sum;
         for (std::int64_t m = 0; m < cols; ++m) {
             const Reals x = at<V>(p + m * stride + c) * inverse;
             at<V>(p + m * stride + c) = x;
-            at<V>(column_sum[m].lane + c % 8) += x;
+            at<V>(column_sum[m].lane + c % 8) += x * root;
         }
     }
 }
 
-// weights[n] = mean_c p_m[c] p_n[n * stride + c] for `count` columns n side by side: one alone waits for its additions.
+// weights[n] = sum_c p_m[c] p_n[n * stride + c] / rows for `count` columns n side by side: one alone waits for its additions.
 template <class V, int count>
 BMSN_INLINE void weigh_edges(const double* p_m, const double* p_n, std::int64_t rows, std::int64_t stride,
                              double* weights) {
@@ -156,7 +157,7 @@ BMSN_INLINE void weigh_edges(const double* p_m, const double* p_n, std::int64_t 
     for (int n = 0; n < count; ++n) weights[n] = sum_lanes(sums[n]) / static_cast<double>(rows);
 }
 
-// weights[m * cols + n] = mean_c p[m][c] p[n][c] for m < n: the off-diagonal of the Hessian, without its sign.
+// weights[m * cols + n] = sum_c p[m][c] p[n][c] / rows for m < n: the off-diagonal of the Hessian, without its sign.
 template <class V>
 BMSN_INLINE void weigh_graph(const double* p, std::int64_t rows, std::int64_t cols, std::int64_t stride,
                              double* weights) {
@@ -177,9 +178,9 @@ BMSN_INLINE void weigh_graph(const double* p, std::int64_t rows, std::int64_t co
     TARGET bool centre(std::int64_t cols, std::int64_t stride, double inverse_temperature, double* z, Block& lowest) {\
         return centre_rows<V>(cols, stride, inverse_temperature, z, lowest);                                          \
     }                                                                                                                 \
-    TARGET void softmax(const double* z, const double* g, double scale, const Block& tail_weight, std::int64_t cols,  \
+    TARGET void softmax(const double* z, const double* g, double scale, const double* root_weight, std::int64_t cols, \
                         std::int64_t stride, double* p, Block* column_sum) {                                          \
-        softmax_rows<V>(z, g, scale, tail_weight, cols, stride, p, column_sum);                                       \
+        softmax_rows<V>(z, g, scale, root_weight, cols, stride, p, column_sum);                                       \
     }                                                                                                                 \
     TARGET void graph_weights(const double* p, std::int64_t rows, std::int64_t cols, std::int64_t stride,             \
                               double* weights) {                                                                      \
@@ -204,8 +205,12 @@ double divergence(double d) {
 
 BalanceSolver::BalanceSolver(std::int64_t rows, std::int64_t cols)
     : rows_(rows), cols_(cols), blocks_((rows + 7) / 8), z_(cols * blocks_), p_(cols * blocks_), column_sum_(cols),
-      g_(cols), mean_(cols), step_(cols), ground_(cols), pivot_(cols), laplacian_(cols * cols) {
-    for (int i = 0; i < 8; ++i) tail_weight_.lane[i] = (blocks_ - 1) * 8 + i < rows ? 1 : 0;
+      root_weight_(blocks_), g_(cols), mean_(cols), step_(cols), ground_(cols), pivot_(cols), laplacian_(cols * cols) {
+    weigh_rows(nullptr);
+}
+
+void BalanceSolver::weigh_rows(const double* weights) {
+    for (std::int64_t c = 0; c < rows_; ++c) root_weight_[c / 8].lane[c % 8] = weights ? std::sqrt(weights[c]) : 1;
 }
 
 // Solves (laplacian + kGround) step = 1/cols - mean; returns the osc of the step.
@@ -241,7 +246,7 @@ double BalanceSolver::newton_direction() {
 // Iterates on g_ at scale * z_ until it is solved or `limit` evaluations are spent; returns whether the stage is over.
 bool BalanceSolver::newton(double scale, double tol, int limit, bool last_stage, BalanceResult& result) {
     while (result.iterations < limit) {
-        softmax(z_.data()->lane, g_.data(), scale, tail_weight_, cols_, 8 * blocks_, p_.data()->lane,
+        softmax(z_.data()->lane, g_.data(), scale, root_weight_.data()->lane, cols_, 8 * blocks_, p_.data()->lane,
                 column_sum_.data());
         ++result.iterations;
         result.kl = 0;
@@ -305,13 +310,16 @@ void BalanceSolver::copy_probabilities(double* out) const {
     for (std::int64_t begin = 0; begin < rows_; begin += 8)
         for (std::int64_t m = 0; m < cols_; ++m)
             for (std::int64_t c = begin; c < std::min(begin + 8, rows_); ++c)
-                out[c * cols_ + m] = p_[m * blocks_ + begin / 8].lane[c - begin];
+                out[c * cols_ + m] =
+                    p_[m * blocks_ + begin / 8].lane[c - begin] / root_weight_[begin / 8].lane[c - begin];
 }
 
-MixtureStep::MixtureStep(const Settings& settings, double* scores, double* potentials, std::int64_t* visits,
-                         std::int64_t* last_visit)
+MixtureStep::MixtureStep(const Settings& settings, const double* weights, double* scores, double* potentials,
+                         std::int64_t* visits, std::int64_t* last_visit)
     : settings_(settings), scores_(scores), potentials_(potentials), visits_(visits), last_visit_(last_visit),
-      solver_(settings.num_architectures, settings.num_supernets), row_((settings.num_supernets + 7) / 8) {}
+      solver_(settings.num_architectures, settings.num_supernets), row_((settings.num_supernets + 7) / 8) {
+    solver_.weigh_rows(weights);
+}
 
 bool MixtureStep::is_drawable(double inverse_temperature, std::int64_t next, double uniform) const {
     return inverse_temperature > 0 && std::isfinite(inverse_temperature) && next >= 0 &&

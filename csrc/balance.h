@@ -1,7 +1,8 @@
 // Balanced assignment of architectures (rows) to supernets (columns), and the search's per-step use of it.
 //
-// z[c,m] = score[c,m] / temperature. Wanted: potentials g with p(m|c) = softmax_m(z[c,m] + g[m]) whose mean over the rows
-// is uniform. They minimise the convex semi-dual F(g) = mean_c logsumexp_m(z[c,m] + g[m]) - mean_m g[m]. Damped Newton:
+// z[c,m] = score[c,m] / temperature. Wanted: potentials g with p(m|c) = softmax_m(z[c,m] + g[m]) whose mean over the rows,
+// weighted by how often each is drawn, is uniform. They minimise the convex semi-dual
+// F(g) = mean_c logsumexp_m(z[c,m] + g[m]) - mean_m g[m]. Damped Newton:
 //   - F satisfies |F'''[d,d,d]| <= osc(d) F''[d,d] (osc = largest minus smallest entry), so a full step decreases F where
 //     osc(d) <= 1 and a step of log(1 + osc) / osc always does: no line search, no function values.
 //   - F'' is the Laplacian of a graph on the columns with the weights mean_c p(m|c) p(n|c) >= 0. Eliminating it as a graph
@@ -41,6 +42,9 @@ class BalanceSolver {
     std::int64_t rows() const { return rows_; }
     std::int64_t cols() const { return cols_; }
 
+    // How often each row is drawn: rows positive values of mean 1; null: equally often, as after construction.
+    void weigh_rows(const double* weights);
+
     // Solves for g; allocates nothing. scores[c * row_stride + m * col_stride]; g: cols values, in: the warm start if
     // `warm`, out: the solution, mean zero, unchanged unless solved.
     BalanceResult solve(const double* scores, std::int64_t row_stride, std::int64_t col_stride, double inverse_temperature,
@@ -53,8 +57,9 @@ class BalanceSolver {
     double newton_direction();
 
     std::int64_t rows_, cols_, blocks_;     // blocks of 8 rows
-    std::vector<Block> z_, p_, column_sum_;  // z_, p_: (cols, blocks); z_ <= 0 with a 0 in each row; column_sum_: (cols)
-    Block tail_weight_;                     // 1 for a row of the last block that exists, 0 for padding
+    std::vector<Block> z_, p_, column_sum_;  // z_: (cols, blocks), <= 0 with a 0 in each row; column_sum_: (cols)
+    std::vector<Block> root_weight_;         // (blocks): roots of the rows' weights, 0 for padding. p_ has rows times them:
+                                             // the products of two of its columns are weighted
     std::vector<double> g_, mean_, step_, ground_, pivot_;  // (cols)
     std::vector<double> laplacian_;                         // (cols, cols), upper triangle: weights of the graph
 };
@@ -69,8 +74,10 @@ class MixtureStep {
     };
     enum Failure : int { bad_accuracy = -1, unsolved = -2, bad_argument = -3 };
 
-    // scores: (M, C), so that the rows of a column are contiguous; visits, last_visit: (C, M); potentials: (M).
-    MixtureStep(const Settings& settings, double* scores, double* potentials, std::int64_t* visits, std::int64_t* last_visit);
+    // scores: (M, C), so that the rows of a column are contiguous; visits, last_visit: (C, M); potentials: (M);
+    // weights: (C), copied, as BalanceSolver's.
+    MixtureStep(const Settings& settings, const double* weights, double* scores, double* potentials, std::int64_t* visits,
+                std::int64_t* last_visit);
 
     // Moves a[c,m] towards `accuracy`, balances where it is due, draws the supernet of `next`; a Failure is negative.
     int observe_and_draw(std::int64_t architecture, std::int64_t supernet, double accuracy, double inverse_temperature,

@@ -31,12 +31,14 @@ py::tuple as_tuple(const bmsn::BalanceResult& result) {
 }
 
 py::tuple balance(const DoubleArray& scores, double inverse_temperature, double tol, int max_iterations,
-                  const std::optional<DoubleArray>& warm_start) {
+                  const std::optional<DoubleArray>& warm_start, const std::optional<DoubleArray>& weights) {
     if (scores.ndim() != 2 || scores.size() == 0) throw py::value_error("scores: not (C, M)");
     const py::ssize_t rows = scores.shape(0), cols = scores.shape(1);
     if (warm_start && (warm_start->ndim() != 1 || warm_start->shape(0) != cols)) throw py::value_error("warm_start: not (M,)");
+    if (weights && (weights->ndim() != 1 || weights->shape(0) != rows)) throw py::value_error("weights: not (C,)");
     thread_local std::unique_ptr<bmsn::BalanceSolver> solver;  // the workspace of this thread's last shape
     if (!solver || solver->rows() != rows || solver->cols() != cols) solver = std::make_unique<bmsn::BalanceSolver>(rows, cols);
+    solver->weigh_rows(weights ? weights->data() : nullptr);
     py::array_t<double> probabilities({rows, cols}), potentials(cols);
     double *const p = probabilities.mutable_data(), *const g = potentials.mutable_data();
     const double* const in = scores.data();
@@ -52,26 +54,27 @@ py::tuple balance(const DoubleArray& scores, double inverse_temperature, double 
 
 void bind_balance(py::module_& m) {
     m.def("balance", &balance, py::arg("scores"), py::arg("inverse_temperature"), py::arg("tol"), py::arg("max_iterations"),
-          py::arg("warm_start") = py::none());
+          py::arg("warm_start") = py::none(), py::arg("weights") = py::none());
 
     using bmsn::MixtureStep;
     using Doubles = py::array_t<double, py::array::c_style>;
     using Counters = py::array_t<std::int64_t, py::array::c_style>;
-    const auto make = [](double ema_decay, double tol, int balance_every, int max_iterations, Doubles scores,
-                         Doubles potentials, Counters visits, Counters last_visit) {
+    const auto make = [](double ema_decay, double tol, int balance_every, int max_iterations, const Doubles& weights,
+                         Doubles scores, Doubles potentials, Counters visits, Counters last_visit) {
         const bool fit = scores.ndim() == 2 && visits.ndim() == 2 && last_visit.ndim() == 2 && scores.size() > 0 &&
                          visits.shape(0) == scores.shape(1) && visits.shape(1) == scores.shape(0) &&
                          last_visit.shape(0) == scores.shape(1) && last_visit.shape(1) == scores.shape(0) &&
-                         potentials.ndim() == 1 && potentials.shape(0) == scores.shape(0) && balance_every > 0;
+                         potentials.ndim() == 1 && potentials.shape(0) == scores.shape(0) && balance_every > 0 &&
+                         weights.ndim() == 1 && weights.shape(0) == scores.shape(1);
         if (!fit) throw py::value_error("MixtureStep: the shapes do not fit");
-        return MixtureStep({scores.shape(1), scores.shape(0), ema_decay, tol, balance_every, max_iterations},
+        return MixtureStep({scores.shape(1), scores.shape(0), ema_decay, tol, balance_every, max_iterations}, weights.data(),
                            scores.mutable_data(), potentials.mutable_data(), visits.mutable_data(), last_visit.mutable_data());
     };
     py::class_<MixtureStep>(m, "MixtureStep")
         .def(py::init(make), py::arg("ema_decay"), py::arg("tol"), py::arg("balance_every"), py::arg("max_iterations"),
-             py::arg("scores").noconvert(), py::arg("potentials").noconvert(), py::arg("visits").noconvert(),
-             py::arg("last_visit").noconvert(), py::keep_alive<1, 6>(), py::keep_alive<1, 7>(), py::keep_alive<1, 8>(),
-             py::keep_alive<1, 9>())
+             py::arg("weights"), py::arg("scores").noconvert(), py::arg("potentials").noconvert(),
+             py::arg("visits").noconvert(), py::arg("last_visit").noconvert(), py::keep_alive<1, 7>(),
+             py::keep_alive<1, 8>(), py::keep_alive<1, 9>(), py::keep_alive<1, 10>())
         .def("observe_and_draw", &MixtureStep::observe_and_draw)  // 1 us: the GIL stays held, which also guards the arrays
         .def("skip_and_draw", &MixtureStep::skip_and_draw)
         .def("balance_and_draw", &MixtureStep::balance_and_draw)

@@ -269,8 +269,8 @@ def _mixture_case(architectures: int, supernets: int, ordinary: bool) -> Case:
     shape = architectures, supernets
     launch = partial(
         kernels("balance").launch_mixture_step,
-        *(double(*shape[::-1]), double(supernets), counter(*shape), counter(*shape), double(7)),
-        *(counter(), counter(), counter(1001), double(1001), double(1001), counter()),
+        *(double(*shape[::-1]), double(supernets), counter(*shape), counter(*shape), double(7), counter()),
+        *(double(architectures), counter(), counter(1001), double(1001), double(1001), counter()),
         *(_meta(dtype=torch.bool), 256, 0.9, 1e-12, 1, 500),
     )
     return Case(f"mixture_step {architectures}x{supernets}", torch.float64, ordinary, launch)

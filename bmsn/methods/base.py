@@ -28,7 +28,7 @@ from bmsn.space import SearchSpace
 OPTIONAL_SETTINGS = (
     "refresh_every", "score_every", "evaluate_top", "race", "norm", "engine", "warm_up", "ucb_constant",
     "alpha_lr", "max_macs", "rank_by", "average_last", "adapt", "adapt_lr", "start_accuracy",
-    "split_after",
+    "split_after", "draw",
 )  # fmt: skip
 _FITS_ALL = {"rank_by": "assigned", "split_after": 0.0}  # beside the default
 

@@ -16,13 +16,8 @@ from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_uniform
+from bmsn.methods.uniform import draw_by_group, first_pooling_groups
 from bmsn.space import SearchSpace
-
-
-def first_pooling_groups(space: SearchSpace) -> NDArray[np.int64]:
-    """(C,) int64: each architecture's supernet, counted from 0 by the position of its first pooling."""
-    return np.array([a.pool_positions[0] - 1 for a in space], dtype=np.int64)
 
 
 class FewShotSampler(Sampler):
@@ -45,15 +40,8 @@ class FewShotSampler(Sampler):
     ) -> None:
         self.group = first_pooling_groups(space)
         self.averages = MovingAverages(len(space), decay)
-        num_groups = int(self.group.max()) + 1
-        self._supernets = draw_uniform(num_groups, num_steps, seed, in_blocks=in_blocks, purpose="supernets")
-        self._architectures = np.empty(num_steps, np.int64)
-        for supernet in range(num_groups):
-            members, steps = np.flatnonzero(self.group == supernet), np.flatnonzero(self._supernets == supernet)
-            drawn = draw_uniform(
-                len(members), len(steps), seed, in_blocks=in_blocks, purpose=f"architectures/{supernet}"
-            )
-            self._architectures[steps] = members[drawn]
+        self._architectures = draw_by_group(self.group, num_steps, seed, in_blocks=in_blocks)
+        self._supernets = self.group[self._architectures]
         self._supernets[:num_alone] = 0
 
     def propose(self, step: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""The balanced mixture of supernets: c uniform, m ~ p(m|c), balanced so that all supernets train equally often.
+"""The balanced mixture of supernets: c by `draw`, m ~ p(m|c), balanced so that all supernets train equally often.
 
 Source: Javan et al. 2023, section 2 (algorithm 1). `bmsn.mixture` has the mathematics.
 """
@@ -19,7 +19,7 @@ from bmsn.errors import RunStopped
 from bmsn.methods.base import Outcome, Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_uniform
+from bmsn.methods.uniform import draw_architectures, draw_weights
 from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
 from bmsn.ops.balance import BalanceError
 from bmsn.rng import generator
@@ -37,6 +37,7 @@ class MixtureSampler(Sampler):
         procedure: ema_decay, tol and visits.
         balance_every: steps from one balance to the next.
         temperature: 1/tau after a number of steps, 0 to `num_steps`.
+        draw: what is drawn equally often, architectures (None too) or first poolings.
         start_accuracy: a[c,m] before the first visit.
         num_alone: steps, the first ones, in which supernet 0 trains alone.
     """
@@ -51,6 +52,7 @@ class MixtureSampler(Sampler):
         procedure: Procedure,
         balance_every: int,
         temperature: Callable[[int], float],
+        draw: str | None = None,
         start_accuracy: float = 1.0,
         num_alone: int = 0,
     ) -> None:
@@ -63,9 +65,11 @@ class MixtureSampler(Sampler):
             initial_score=start_accuracy,
             tol=procedure.tol,
             balance_every=balance_every,
+            weights=draw_weights(space, draw),
         )
         # What is trained at each step depends on (seed, step) alone: drawn ahead for all steps.
-        self.drawn = draw_uniform(len(space), num_steps + 1, seed, in_blocks=procedure.visits == "blocks")
+        in_blocks = procedure.visits == "blocks"
+        self.drawn = draw_architectures(space, num_steps + 1, seed, draw=draw, in_blocks=in_blocks)
         self.uniforms = generator(seed, "supernets").random(num_steps + 1)
         self.uniforms[:num_alone] = 0.0  # draws the first supernet: all have a probability until 1/tau has grown
         self.supernet = self.mixture.draw(int(self.drawn[0]), temperature(0), float(self.uniforms[0]))
@@ -109,7 +113,7 @@ class MixtureSampler(Sampler):
         return {
             "inverse_temperature": temperature,
             "entropy": mean_entropy(p),
-            "load": p.mean(0),
+            "load": (self.mixture.weights[:, None] * p).mean(0),
             "mean_score": float(self.mixture.scores.mean()),
         }
 
@@ -136,6 +140,7 @@ class Mixture(SupernetMethod):
     name: ClassVar[str] = "mixture"
     settings: ClassVar[frozenset[str]] = SupernetMethod.settings | {
         "engine",
+        "draw",
         "rank_by",
         "start_accuracy",
         "split_after",
@@ -173,6 +178,7 @@ class Mixture(SupernetMethod):
             procedure=config.procedure,
             balance_every=problem.train.steps_per_epoch if every == "epoch" else every,
             temperature=temperature,
+            draw=config.draw,
             start_accuracy=config.start_accuracy,
             num_alone=problem.num_alone,
         )  # fmt: skip

@@ -27,7 +27,7 @@ from bmsn.methods.climbing import climb
 from bmsn.methods.found import in_words, path_findings
 from bmsn.methods.multires import count_correct_paths, forward_path, gather_path, scatter_path
 from bmsn.methods.problem import Problem
-from bmsn.methods.uniform import draw_uniform
+from bmsn.methods.uniform import draw_architectures
 from bmsn.network import SupernetMixture
 from bmsn.paths import (
     ResolutionPath,
@@ -152,14 +152,14 @@ class UnsharedSpos(UnsharedPaths):
     """`--method spos-unshared`: over the architectures of the space, which it draws as `spos` does."""
 
     name: ClassVar[str] = "spos-unshared"
-    settings: ClassVar[frozenset[str]] = UnsharedPaths.settings | {"max_macs"}
+    settings: ClassVar[frozenset[str]] = UnsharedPaths.settings | {"max_macs", "draw"}
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
         space, config = problem.space, problem.config
         self._paths = [architecture_path(space, architecture) for architecture in space]
         in_blocks = config.procedure.visits == "blocks"
-        self._drawn = draw_uniform(len(space), problem.num_steps, config.seed, in_blocks=in_blocks)
+        self._drawn = draw_architectures(space, problem.num_steps, config.seed, draw=config.draw, in_blocks=in_blocks)
         self._averages = MovingAverages(len(space), config.procedure.ema_decay)
 
     def propose(self, step: int) -> ResolutionPath:

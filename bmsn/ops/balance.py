@@ -1,5 +1,7 @@
 """The balanced assignment p(m|c): every architecture spread over the supernets, every supernet used equally.
 
+Rows count as often as their architectures are drawn.
+
 Plain IPF does not get there at low temperature (KL 0.13 after 60,000 iterations at 36x4 and 1/temperature = 1e6), so
 this is damped Newton on the M potentials with continuation in temperature; csrc/balance.h explains why it converges.
 """
@@ -38,9 +40,9 @@ class BalanceResult:
     """A solved balance.
 
     Attributes:
-        probabilities: (C, M), p(m|c); rows sum to 1, columns to C / M.
+        probabilities: (C, M), p(m|c); rows sum to 1, columns to C / M, weighted to a mean of 1.
         potentials: (M,), mean zero: p(m|c) = softmax_m(scores[c,m] / temperature + potentials[m]). A warm start.
-        kl: KL(p(m) || uniform) in nats, p(m) the mean over c; below the tolerance asked for.
+        kl: KL(p(m) || uniform) in nats, p(m) the (weighted) mean over c; below the tolerance asked for.
         iterations: evaluations of the whole table.
     """
 
@@ -88,7 +90,13 @@ class Outcome:
 
 class Solver(Protocol):
     def __call__(
-        self, scores: Floats, inverse_temperature: float, tol: float, max_iterations: int, warm_start: Floats | None
+        self,
+        scores: Floats,
+        inverse_temperature: float,
+        tol: float,
+        max_iterations: int,
+        warm_start: Floats | None,
+        weights: Floats | None,
     ) -> tuple[Floats, Floats, tuple[Any, ...]]: ...
 
 
@@ -98,6 +106,7 @@ def balance(
     tol: float = 1e-4,
     warm_start: ArrayLike | None = None,
     *,
+    weights: ArrayLike | None = None,
     backend: str = "auto",
     max_iterations: int = MAX_ITERATIONS,
 ) -> BalanceResult:
@@ -106,6 +115,7 @@ def balance(
         p(m|c) = softmax_m(scores[c,m] / temperature + g[m]),  g such that mean_c p(m|c) = 1/M
 
     Source: Javan et al. 2023, eq. 3 and IPF. Their softmax over all (c, m) has the same fixed point: rows absorb it.
+    Where architectures are drawn unequally often the mean is weighted: marginals (q(c), 1/M) instead of (1/C, 1/M).
     With fewer rows than columns p stays soft at any temperature. Where several g balance within rounding (rows apart by
     more than 36 in the exponent), any of them is the answer; p is the same within the tolerance.
 
@@ -114,6 +124,7 @@ def balance(
         temperature: positive; scores / temperature may spread over 1e7 in a row.
         tol: 1e-14 to 1; the KL to the uniform distribution that is allowed, in nats.
         warm_start: (M,), the potentials of a similar problem. A bad one costs at most 12 iterations.
+        weights: (C,), positive: how often each row is drawn, in any unit; None: equally often.
         backend: "auto", "cpp" or "reference" (numpy); equal up to rounding times the size of scores / temperature.
         max_iterations: evaluations of the table, the warm start's included.
     Raises:
@@ -133,7 +144,18 @@ def balance(
         start = np.ascontiguousarray(warm_start, dtype=np.float64)
         if start.shape != table.shape[1:] or not all(map(math.isfinite, start.tolist())):
             raise InputError(f"warm_start is {start}; accepted: {table.shape[1]} finite values, one a column of scores")
-    return solve(solver(backend), table, 1 / temperature, tol, max_iterations, start)
+    rows = None if weights is None else mean_one(weights, len(table))
+    return solve(solver(backend), table, 1 / temperature, tol, max_iterations, start, rows)
+
+
+def mean_one(weights: ArrayLike | None, num_rows: int) -> Floats:
+    """(C,) weights scaled to a mean of 1, checked; None: ones."""
+    if weights is None:
+        return np.ones(num_rows)
+    given = np.array(weights, dtype=np.float64)
+    if given.shape != (num_rows,) or not (np.isfinite(given).all() and (given > 0).all()):
+        raise InputError(f"weights is {given}; accepted: {num_rows} positive finite values, one a row of scores")
+    return given / given.mean()
 
 
 def check_tol(tol: float) -> None:
@@ -152,19 +174,31 @@ def _solver(backend: str, default: str | None, module: ModuleType | None) -> Sol
 
 
 def solve(
-    solver: Solver, table: Floats, inverse_temperature: float, tol: float, max_iterations: int, start: Floats | None
+    solver: Solver,
+    table: Floats,
+    inverse_temperature: float,
+    tol: float,
+    max_iterations: int,
+    start: Floats | None,
+    weights: Floats | None,
 ) -> BalanceResult:
     """Runs a solver on checked arguments and raises where it did not succeed."""
-    probabilities, potentials, outcome = solver(table, inverse_temperature, tol, max_iterations, start)
+    probabilities, potentials, outcome = solver(table, inverse_temperature, tol, max_iterations, start, weights)
     if outcome[0] != SOLVED:
         raise Outcome(*outcome).error(tol)
     return BalanceResult(probabilities=probabilities, potentials=potentials, kl=outcome[1], iterations=outcome[2])
 
 
 def balance_reference(
-    scores: Floats, inverse_temperature: float, tol: float, max_iterations: int, warm_start: Floats | None = None
+    scores: Floats,
+    inverse_temperature: float,
+    tol: float,
+    max_iterations: int,
+    warm_start: Floats | None = None,
+    weights: Floats | None = None,
 ) -> tuple[Floats, Floats, tuple[Any, ...]]:
     """The specification: what `_C.balance` does, in numpy. Returns p, potentials, `Outcome`'s fields."""
+    share = (np.ones(len(scores)) if weights is None else weights)[:, None] / len(scores)
     nothing = np.zeros_like(scores), np.zeros(scores.shape[1])
     finite = np.isfinite(scores)
     if not finite.all():
@@ -183,11 +217,11 @@ def balance_reference(
         while iterations < limit:
             p = softmax_rows(scale * z + g)
             iterations += 1
-            mean = p.mean(axis=0)
+            mean = (share * p).sum(axis=0)
             kl = float(_divergence(len(mean) * mean - 1).mean())
             if kl < (tol if last_stage else min(tol, _STAGE_TOL)):
                 return g, True
-            step = _newton_step(p, mean)
+            step = _newton_step(p, share, mean)
             osc = float(np.ptp(step))
             g = g + (1 if osc <= 1 else math.log1p(osc) / osc) * step
             if not last_stage and osc < 1:
@@ -223,10 +257,10 @@ def _divergence(d: Floats) -> Floats:
     return np.where(np.abs(d) < 1e-3, small, np.where(d > -1, (1 + inside) * np.log1p(inside) - inside, 1.0))
 
 
-def _newton_step(p: Floats, mean: Floats) -> Floats:
+def _newton_step(p: Floats, share: Floats, mean: Floats) -> Floats:
     """Solves (Hessian + ground) step = 1/M - mean by eliminating the graph of columns: weights are only ever added."""
     num_cols = p.shape[1]
-    weights = np.triu(p.T @ p / len(p), 1)
+    weights = np.triu((share * p).T @ p, 1)
     step, ground, pivot = 1 / num_cols - mean, np.full(num_cols, _GROUND), np.empty(num_cols)
     for k in range(num_cols):
         later = weights[k, k + 1 :]

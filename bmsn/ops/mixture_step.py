@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from bmsn.backend import extension, resolve
 from bmsn.errors import InputError
-from bmsn.ops.balance import MAX_ITERATIONS, SOLVED, Outcome, balance_reference, check_tol, softmax_rows
+from bmsn.ops.balance import MAX_ITERATIONS, SOLVED, Outcome, balance_reference, check_tol, mean_one, softmax_rows
 
 MAX_SUPERNETS = 64  # on a GPU; as in bmsn.kernels.balance
 BAD_ACCURACY, UNSOLVED, BAD_ARGUMENT = -1, -2, -3  # what a host step returns instead of a supernet; csrc/balance.h
@@ -31,8 +31,8 @@ BAD_ACCURACY, UNSOLVED, BAD_ARGUMENT = -1, -2, -3  # what a host step returns in
 torch.library.define(
     "bmsn::mixture_step",
     "(Tensor(a!) scores, Tensor(b!) potentials, Tensor(c!) visits, Tensor(d!) last_visit, Tensor(e!) outcome, "
-    "Tensor(f!) supernet, Tensor step, Tensor architectures, Tensor inverse_temperatures, Tensor uniforms, "
-    "Tensor correct, Tensor trained, int num_images, float ema_decay, float tol, int balance_every, "
+    "Tensor(f!) supernet, Tensor weights, Tensor step, Tensor architectures, Tensor inverse_temperatures, "
+    "Tensor uniforms, Tensor correct, Tensor trained, int num_images, float ema_decay, float tol, int balance_every, "
     "int max_iterations, str backend) -> ()",
 )
 
@@ -47,6 +47,7 @@ class MixtureTensors:
         visits, last_visit: (C, M) int64.
         outcome: (7,) float64: the fields of `Outcome` after the latest balance, and its step.
         supernet: () int64, of the step that comes.
+        weights: (C,) float64 of mean 1, how often each architecture is drawn.
         architectures: (T + 1,) int64, of each step.
         inverse_temperatures: (T + 1,) float64, 1/tau before each step.
         uniforms: (T + 1,) float64 in [0, 1), that each step's supernet is drawn with.
@@ -58,6 +59,7 @@ class MixtureTensors:
     last_visit: Tensor
     outcome: Tensor
     supernet: Tensor
+    weights: Tensor
     architectures: Tensor
     inverse_temperatures: Tensor
     uniforms: Tensor
@@ -71,11 +73,12 @@ class MixtureTensors:
         inverse_temperatures: NDArray[np.float64],
         uniforms: NDArray[np.float64],
         device: torch.device | str = "cpu",
+        weights: ArrayLike | None = None,
     ) -> MixtureTensors:
-        """Zeros for the state, the draws as given, checked once for all steps.
+        """Zeros for the state, the draws as given, checked once for all steps; `weights` as those of `BalancedMixture`.
 
         Raises:
-            InputError: a draw out of range, or more supernets than a device program takes.
+            InputError: a draw or weight out of range, or more supernets than a device program takes.
         """
         device = torch.device(device)
         if device.type == "cuda" and num_supernets > MAX_SUPERNETS:
@@ -106,6 +109,7 @@ class MixtureTensors:
             last_visit=torch.full(shape, -1, dtype=torch.int64, device=device),
             outcome=torch.zeros(7, dtype=torch.float64, device=device),
             supernet=torch.zeros((), dtype=torch.int64, device=device),
+            weights=torch.from_numpy(mean_one(weights, num_architectures)).to(device),
             architectures=torch.from_numpy(architectures).to(device),
             inverse_temperatures=torch.from_numpy(inverse_temperatures).to(device),
             uniforms=torch.from_numpy(uniforms).to(device),
@@ -161,9 +165,9 @@ def mixture_step(
         )
     check_tol(tol)
     torch.ops.bmsn.mixture_step(
-        state.scores, state.potentials, state.visits, state.last_visit, state.outcome, state.supernet, step,
-        state.architectures, state.inverse_temperatures, state.uniforms, correct, trained, num_images, ema_decay, tol,
-        balance_every, max_iterations, resolve("mixture_step", backend, device=device),
+        state.scores, state.potentials, state.visits, state.last_visit, state.outcome, state.supernet,
+        state.weights, step, state.architectures, state.inverse_temperatures, state.uniforms, correct, trained,
+        num_images, ema_decay, tol, balance_every, max_iterations, resolve("mixture_step", backend, device=device),
     )  # fmt: skip
 
 
@@ -175,6 +179,7 @@ def _mixture_step_impl(
     last_visit: Tensor,
     outcome: Tensor,
     supernet: Tensor,
+    weights: Tensor,
     step: Tensor,
     architectures: Tensor,
     inverse_temperatures: Tensor,
@@ -192,14 +197,14 @@ def _mixture_step_impl(
         from bmsn.kernels.balance import launch_mixture_step
 
         launch_mixture_step(
-            scores, potentials, visits, last_visit, outcome, supernet, step, architectures, inverse_temperatures,
-            uniforms, correct, trained, num_images, ema_decay, tol, balance_every, max_iterations,
+            scores, potentials, visits, last_visit, outcome, supernet, weights, step, architectures,
+            inverse_temperatures, uniforms, correct, trained, num_images, ema_decay, tol, balance_every, max_iterations,
         )  # fmt: skip
         return
     written = (scores, potentials, visits, last_visit, outcome, supernet)
     if scores.is_cuda:  # the reference on a GPU: through the host, which waits
         host = tuple(tensor.cpu() for tensor in written)
-        read = (step, architectures, inverse_temperatures, uniforms, correct, trained)
+        read = (weights, step, architectures, inverse_temperatures, uniforms, correct, trained)
         settings = num_images, ema_decay, tol, balance_every, max_iterations
         torch.ops.bmsn.mixture_step(*host, *(tensor.cpu() for tensor in read), *settings, backend)
         for tensor, changed in zip(written, host, strict=True):
@@ -208,7 +213,7 @@ def _mixture_step_impl(
     if outcome[0] != SOLVED:
         return
     arrays = (tensor.numpy() for tensor in written[:4])
-    mixture = host_step(backend, ema_decay, tol, balance_every, max_iterations, *arrays)
+    mixture = host_step(backend, ema_decay, tol, balance_every, max_iterations, weights.numpy(), *arrays)
     now = mixture.steps = int(step)
     inverse, following, uniform = (
         tensor[now + 1].item() for tensor in (inverse_temperatures, architectures, uniforms)
@@ -236,6 +241,7 @@ def host_step(
     tol: float,
     balance_every: int,
     max_iterations: int,
+    weights: NDArray[np.float64],
     scores: NDArray[np.float64],
     potentials: NDArray[np.float64],
     visits: NDArray[np.int64],
@@ -244,7 +250,7 @@ def host_step(
     """The step on numpy arrays, which it changes in place: csrc/balance.h's MixtureStep, or `ReferenceStep`."""
     module = extension() if resolve("balance", backend) == "cpp" else None
     step_type = ReferenceStep if module is None else module.MixtureStep
-    return step_type(ema_decay, tol, balance_every, max_iterations, scores, potentials, visits, last_visit)
+    return step_type(ema_decay, tol, balance_every, max_iterations, weights, scores, potentials, visits, last_visit)
 
 
 class ReferenceStep:
@@ -256,6 +262,7 @@ class ReferenceStep:
         tol: float,
         balance_every: int,
         max_iterations: int,
+        weights: NDArray[np.float64],
         scores: NDArray[np.float64],
         potentials: NDArray[np.float64],
         visits: NDArray[np.int64],
@@ -267,6 +274,7 @@ class ReferenceStep:
             balance_every,
             max_iterations,
         )
+        self.weights = weights
         self.scores, self.potentials, self.visits, self.last_visit = scores.T, potentials, visits, last_visit
         self.steps = 0
         self.last: tuple[Any, ...] = ()
@@ -304,7 +312,7 @@ class ReferenceStep:
         if not self._is_drawable(inverse_temperature, following, uniform):
             return BAD_ARGUMENT
         _, potentials, self.last = balance_reference(
-            self.scores, inverse_temperature, self.tol, self.max_iterations, self.potentials
+            self.scores, inverse_temperature, self.tol, self.max_iterations, self.potentials, self.weights
         )
         if self.last[0] != SOLVED:
             return UNSOLVED

@@ -63,19 +63,22 @@ def _examine(scores_ptr, cell, value, inverse, C, M: tl.constexpr, BC: tl.conste
 
 
 @triton.jit
-def _evaluate(scores_ptr, cell, value, inverse, scale, g, C, M: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr):
-    """mean_c p[c,m], (BM,), and mean_c p[c,m] p[c,n], (BM, BM), of p = softmax_m(scale * z + g)."""
+def _evaluate(
+    scores_ptr, weights_ptr, cell, value, inverse, scale, g, C, M: tl.constexpr, BC: tl.constexpr, BM: tl.constexpr
+):
+    """Weighted mean_c p[c,m], (BM,), and mean_c p[c,m] p[c,n], (BM, BM), of p = softmax_m(scale * z + g)."""
     m = tl.arange(0, BM)
     mean, products = tl.zeros((BM,), tl.float64), tl.zeros((BM, BM), tl.float64)
     for first in range(0, C, BC):
         x = _load_rows(scores_ptr, first, cell, value, C, M, BC, BM)
-        valid = (first + tl.arange(0, BC) < C)[:, None] & (m < M)[None, :]
+        c = first + tl.arange(0, BC)
+        weight = tl.load(weights_ptr + c, mask=c < C, other=0.0)
         top = tl.max(tl.where((m < M)[None, :], x, float("-inf")), axis=1)
         z = (x - top[:, None]) * inverse
         p = _softmax(tl.where((m < M)[None, :], scale * z + g[None, :], float("-inf")))
-        p = tl.where(valid, p, 0.0)
-        mean += tl.sum(p, axis=0)
-        products += tl.sum(p[:, :, None] * p[:, None, :], axis=0)
+        weighted = weight[:, None] * p
+        mean += tl.sum(weighted, axis=0)
+        products += tl.sum(weighted[:, :, None] * p[:, None, :], axis=0)
     return mean / C, products / C
 
 
@@ -122,6 +125,7 @@ def _newton_step(mean, products, M: tl.constexpr, BM: tl.constexpr):
 @triton.jit
 def _solve(
     scores_ptr,
+    weights_ptr,
     cell,
     value,
     inverse,
@@ -144,7 +148,7 @@ def _solve(
     g, scale, kl = potentials, _real(1.0), _real(float("nan"))
     iterations, warm = tl.full((), 0, tl.int32), tl.full((), 1, tl.int32)
     while status == _RUNNING:
-        mean, products = _evaluate(scores_ptr, cell, value, inverse, scale, g, C, M, BC, BM)
+        mean, products = _evaluate(scores_ptr, weights_ptr, cell, value, inverse, scale, g, C, M, BC, BM)
         iterations += 1
         kl = tl.sum(tl.where(m < M, _divergence(M * mean - 1.0), 0.0)) / M
         last = scale == 1.0
@@ -173,6 +177,7 @@ def _mixture_step_kernel(
     last_visit_ptr,  # (C, M) int64
     outcome_ptr,  # (7,) float64
     supernet_ptr,  # () int64
+    weights_ptr,  # (C,) float64, mean 1
     step_ptr,  # () int64
     architectures_ptr,  # (steps + 1,) int64
     inverse_temperatures_ptr,  # (steps + 1,) float64
@@ -212,7 +217,7 @@ def _mixture_step_kernel(
     status = tl.where(due & (spread > _LARGEST_SPREAD), _SPREAD_TOO_LARGE, status)
     status = tl.where(due & (bad < C * M), _NOT_FINITE, status)
     g, status, kl, iterations = _solve(
-        scores_ptr, cell, value, inverse, old, spread, status, C, M, TOL, STAGE_TOL, MAX_ITERATIONS, BC, BM
+        scores_ptr, weights_ptr, cell, value, inverse, old, spread, status, C, M, TOL, STAGE_TOL, MAX_ITERATIONS, BC, BM
     )
     solved = due & (status == _SOLVED)
     g = tl.where(solved, g - tl.sum(tl.where(m < M, g, 0.0)) / M, old)
@@ -249,6 +254,7 @@ def launch_mixture_step(
     last_visit: torch.Tensor,
     outcome: torch.Tensor,
     supernet: torch.Tensor,
+    weights: torch.Tensor,
     step: torch.Tensor,
     architectures: torch.Tensor,
     inverse_temperatures: torch.Tensor,
@@ -272,6 +278,7 @@ def launch_mixture_step(
             last_visit,
             outcome,
             supernet,
+            weights,
             step,
             architectures,
             inverse_temperatures,
