@@ -22,13 +22,19 @@ FASTEST = "reference" if extension() is None else "cpp"
 SHAPES = [(1, 1, 5.0), (1, 5, 30.0), (3, 8, 10.0), (7, 3, 20.0), (36, 4, 100.0), (560, 8, 100.0)]
 
 
-def ipf(scores: NDArray[np.float64], temperature: float, tol: float = 1e-12) -> NDArray[np.float64]:
-    """p(m|c) as the paper has it: one softmax over all pairs, then rows and columns rescaled in turn."""
+def ipf(
+    scores: NDArray[np.float64], temperature: float, tol: float = 1e-12, weights: NDArray[np.float64] | None = None
+) -> NDArray[np.float64]:
+    """p(m|c) as the paper has it: one softmax over all pairs, then rows and columns rescaled in turn.
+
+    Rows are rescaled to 1/C each, or to their share of `weights`.
+    """
     joint = np.exp((scores - scores.max()) / temperature)
     joint /= joint.sum()
     rows, cols = joint.shape
+    share = np.full((rows, 1), 1 / rows) if weights is None else weights[:, None] / weights.sum()
     for _ in range(200_000):
-        joint *= (1 / rows) / joint.sum(axis=1, keepdims=True)
+        joint *= share / joint.sum(axis=1, keepdims=True)
         column_sums = joint.sum(axis=0)
         if np.abs(cols * column_sums - 1).max() < tol:
             return joint / joint.sum(axis=1, keepdims=True)
@@ -102,6 +108,30 @@ def test_equals_iterative_proportional_fitting(rows: int, cols: int, inverse: fl
     softmax = np.exp(z - z.max(axis=1, keepdims=True))
     softmax /= softmax.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(result.probabilities, softmax, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("rows", "cols", "inverse"), SHAPES, ids=str)
+def test_rows_may_be_drawn_unequally_often(rows: int, cols: int, inverse: float, backend: str) -> None:
+    scores, weights = accuracies(rows, cols), np.random.default_rng(3).integers(1, 5, rows)
+    result = balance(scores, 1 / inverse, 1e-14, weights=weights / 7, backend=backend)  # the unit is free
+    np.testing.assert_allclose(
+        result.probabilities, ipf(scores, 1 / inverse, weights=weights.astype(float)), rtol=0, atol=2e-7
+    )
+    np.testing.assert_allclose(result.probabilities.sum(axis=1), 1, rtol=0, atol=1e-12)
+    repeated = balance(np.repeat(scores, weights, axis=0), 1 / inverse, 1e-14, backend=backend)
+    np.testing.assert_allclose(
+        np.repeat(result.probabilities, weights, axis=0), repeated.probabilities, rtol=0, atol=2e-7
+    )
+    assert result.kl < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_weights_change_no_bit(backend: str) -> None:
+    scores = accuracies(36, 4)
+    plain, weighted = (balance(scores, 0.01, 1e-14, weights=w, backend=backend) for w in (None, np.full(36, 8.0)))
+    np.testing.assert_array_equal(plain.probabilities, weighted.probabilities)
+    np.testing.assert_array_equal(plain.potentials, weighted.potentials)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -196,6 +226,9 @@ def test_bad_input(backend: str) -> None:
     with pytest.raises(InputError, match=r"2e\+07.*1e\+07"):
         balance([[0.0, 2.0], [1.0, 1.0]], 1e-7, backend=backend)
     assert balance([[1e9, 1e9 + 1]] * 3, 1e-6, backend=backend).kl < 1e-4  # the spread counts, not the height
+    for weights in ([1.0, 1.0], [1, 1, 1, 1, 0.0], [1, 1, math.nan, 1, 1], [1, 1, 1, math.inf, 1], [1, 1, 1, -1, 1]):
+        with pytest.raises(InputError, match=r"weights is .* accepted: 5 positive finite values"):
+            balance(scores, 1.0, weights=weights, backend=backend)
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,7 @@ def test_draws_invert_the_balanced_distribution(backend: str) -> None:
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (3, 8), (36, 4), (57, 9)], ids=str)
 def test_backends_agree(rows: int, cols: int, balance_every: int) -> None:
     settings: dict[str, Any] = {"num_architectures": rows, "num_supernets": cols, "balance_every": balance_every}
+    settings["weights"] = 1.0 + np.arange(rows) % 3
     reference, cpp = (BalancedMixture(**settings, backend=name) for name in ("reference", "cpp"))
     assert run(reference, 300) == run(cpp, 300)
     ours, theirs = reference.state_dict(), cpp.state_dict()
@@ -93,6 +94,20 @@ def test_supernets_train_equally_often(backend: str) -> None:
     rng = np.random.default_rng(0)
     counts = np.bincount([mixture.draw(i % 12, 50.0, rng.random()) for i in range(2400)], minlength=4)
     assert (np.abs(counts - 600) < 5 * math.sqrt(600)).all()  # unbalanced, column 3 would have nearly all
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_supernets_train_equally_often_where_architectures_do_not(backend: str) -> None:
+    weights = np.array([1.0] * 9 + [5.0] * 3)  # the last three are drawn in 15 of 24 steps
+    mixture = BalancedMixture(num_architectures=12, num_supernets=2, weights=weights, backend=backend)
+    mixture.refresh(np.stack([np.linspace(1, 0, 12), np.linspace(0, 1, 12)], axis=1), ema=False)
+    rng, drawn = np.random.default_rng(0), np.repeat(np.arange(12), weights.astype(int))
+    counts = np.bincount([mixture.draw(int(c), 50.0, rng.random()) for c in np.tile(drawn, 100)], minlength=2)
+    assert (np.abs(counts - 1200) < 5 * math.sqrt(1200)).all()  # with equal weights 900 and 1500
+    np.testing.assert_allclose(weights @ mixture.assignment(50.0), 12, rtol=1e-5)
+    np.testing.assert_array_equal(mixture.weights, weights / 2)
+    restored = pickle.loads(pickle.dumps(mixture))
+    np.testing.assert_array_equal(restored.assignment(50.0), mixture.assignment(50.0))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -223,6 +238,8 @@ def test_any_search_keeps_its_marginals(rows: int, cols: int, seed: int, exponen
         {"initial_score": math.nan},
         {"tol": 0.0},
         {"balance_every": 0},
+        {"weights": [1.0, 1.0, 0.0]},
+        {"weights": [1.0, 1.0]},
         {"backend": "triton"},
     ],
     ids=str,

@@ -23,13 +23,19 @@ HARD = hard_scores()
 
 
 def make_state(
-    scores: NDArray[np.float64], inverse: float, backend: str, *, num_steps: int = 1, seed: int = 0
+    scores: NDArray[np.float64],
+    inverse: float,
+    backend: str,
+    *,
+    num_steps: int = 1,
+    seed: int = 0,
+    weights: NDArray[np.float64] | None = None,
 ) -> MixtureTensors:
     """A state with the scores given, random draws, guards round everything that a step may write."""
     random, (rows, cols) = np.random.default_rng(seed), scores.shape
     state = MixtureTensors.create(
         rows, cols, random.integers(0, rows, num_steps + 1), np.full(num_steps + 1, inverse),
-        random.random(num_steps + 1), device_for(backend),
+        random.random(num_steps + 1), device_for(backend), weights,
     )  # fmt: skip
     state.scores.copy_(torch.from_numpy(scores.T))
     written = ("scores", "potentials", "visits", "last_visit", "outcome", "supernet")
@@ -87,6 +93,19 @@ def test_balances_like_the_solver(name: str, inverse: float, backend: str) -> No
     assert abs(float(state.potentials.mean())) <= 1e-15 * max(1.0, spread)
     drawn = draw(wanted.probabilities[int(state.architectures[1])], float(state.uniforms[1]))
     assert drawn is None or int(state.supernet) == drawn
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(15, 2), (36, 4), (7, 9)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_balances_what_is_drawn_unequally_often(rows: int, cols: int, backend: str) -> None:
+    scores, weights = accuracies(rows, cols), 1.0 + np.arange(rows) % 5
+    state = make_state(scores, 50.0, backend, weights=weights)
+    run_step(state, backend)
+    p = probabilities(state, 50.0)
+    wanted = balance(scores, 1 / 50, 1e-12, np.zeros(cols), weights=weights)
+    np.testing.assert_allclose(p, wanted.probabilities, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(weights @ p / weights.sum(), 1 / cols, rtol=0, atol=1e-5)
+    assert np.abs(p.mean(axis=0) - 1 / cols).max() > 1e-3  # what equal weights would have made even
 
 
 @pytest.mark.parametrize("backend", [pytest.param("triton", marks=needs_triton)])

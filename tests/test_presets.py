@@ -8,9 +8,13 @@ import yaml
 from scipy import stats
 
 from bmsn.config import SearchConfig
-from bmsn.methods.uniform import draw_uniform
+from bmsn.errors import InputError
+from bmsn.loop import SearchLoop
+from bmsn.methods.uniform import draw_architectures, draw_uniform, draw_weights
 from bmsn.search import main
+from bmsn.space import SearchSpace
 from bmsn.trainer import learning_rate
+from searching import tiny_images
 
 
 @pytest.mark.parametrize(
@@ -50,6 +54,47 @@ def test_the_built_in_set_has_settings_of_its_own():
     assert (paper.batch_size, paper.score, paper.split_after) == (256, "best", 0)
     other = SearchConfig(supernets=3, batch_size=128, score="best").filled()
     assert (other.epochs, other.batch_size, other.score, other.rank_by) == (54, 128, "best", "assigned")
+
+
+def test_what_is_drawn_equally_often_is_the_presets_choice():
+    assert SearchConfig().filled().draw == SearchConfig(method="spos").filled().draw == "first-pooling"
+    assert SearchConfig(preset="paper").filled().draw == SearchConfig(preset="authors").filled().draw == "architectures"
+    assert SearchConfig(draw="architectures").filled().draw == "architectures"
+    few_shot = SearchConfig(method="few-shot").filled()
+    assert few_shot.draw is None  # it has no choice
+    assert few_shot.filled() == few_shot
+    with pytest.raises(InputError, match="draw does not fit method mcts: it must be None; got architectures"):
+        SearchConfig(method="mcts", draw="architectures").filled()
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+@pytest.mark.parametrize("draw", ["first-pooling", "architectures"])
+def test_architectures_are_drawn_as_often_as_their_weights_say(draw, in_blocks):
+    space, num_steps = SearchSpace.named("resnet20-cifar10"), 36 * 8 * 40
+    drawn = draw_architectures(space, num_steps, 0, draw=draw, in_blocks=in_blocks)
+    weights = draw_weights(space, draw)
+    expected = num_steps * weights / weights.sum()
+    assert stats.chisquare(np.bincount(drawn, minlength=36), expected).pvalue > 1e-3
+    assert expected[space.find((8, 1, 1)).index] == pytest.approx(num_steps / (8 if draw == "first-pooling" else 36))
+    firsts = np.array([a.pool_positions[0] for a in space])[drawn]
+    if draw == "first-pooling" and in_blocks:
+        assert all(sorted(block) == list(range(1, 9)) for block in firsts.reshape(-1, 8).tolist())
+
+
+@pytest.mark.parametrize("max_macs", [None, "0.9x"])
+def test_a_search_balances_by_what_it_draws(max_macs):
+    config = SearchConfig(
+        space="resnet14-cifar10", data="npz:given", supernets=2, epochs=15, batch_size=16, max_macs=max_macs
+    )  # fmt: skip
+    loop = SearchLoop(config, tiny_images())
+    sampler, searched = loop.method.sampler, list(loop.method.problem.space)
+    firsts = np.array([a.pool_positions[0] for a in searched])
+    assert len(searched) == (15 if max_macs is None else 8)
+    present = np.unique(firsts)
+    blocks = firsts[sampler.drawn[: 60 // len(present) * len(present)]].reshape(-1, len(present))
+    assert all(sorted(block) == present.tolist() for block in blocks.tolist())
+    per_first = [sampler.mixture.weights[firsts == first].sum() for first in present]
+    np.testing.assert_allclose(per_first, len(searched) / len(present))
 
 
 def test_architectures_are_drawn_uniformly():
