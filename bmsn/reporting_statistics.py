@@ -20,7 +20,7 @@ class MixtureHistory:
         steps: (S,) int64, steps done at each snapshot.
         assignments: (S, C, M), p(m|c).
         entropy: (S,) mean over c of the entropy of p(.|c), in nats.
-        kl: (S,) KL(p(m) || uniform), in nats.
+        kl: (S,) KL(p(m) || uniform), in nats; p(m) the mean over c, weighted by how often each is drawn.
         load: (S, M) share of the visits since the snapshot before that each supernet had; NaN where there were none.
         switch_rate: (S,) share of architectures whose argmax_m p(m|c) is another one than at the snapshot before; NaN
             at the first.
@@ -48,6 +48,8 @@ def mixture_history(records: Sequence[Mapping[str, Any]]) -> MixtureHistory:
     assignments = np.array([record["assignment"] for record in records], np.float64)
     visits = np.array([record["visits"] for record in records], np.int64)
     last_visit = np.array([record["last_visit"] for record in records], np.int64)
+    # A run from before architectures had weights drew them equally often.
+    loads = [np.average(record["assignment"], axis=0, weights=record.get("weights")) for record in records]
     since = np.diff(visits.sum(1), axis=0, prepend=0)  # (S, M) visits of each supernet since the snapshot before
     best = assignments.argmax(2)  # (S, C)
     switches = np.full(len(steps), np.nan)
@@ -61,7 +63,7 @@ def mixture_history(records: Sequence[Mapping[str, Any]]) -> MixtureHistory:
         steps=steps,
         assignments=assignments,
         entropy=np.array([mean_entropy(p) for p in assignments]),
-        kl=np.array([kl_to_uniform(p.mean(0)) for p in assignments]),
+        kl=np.array([kl_to_uniform(p) for p in loads]),
         load=load,
         switch_rate=switches,
         age_median=np.median(flat, axis=1),

@@ -56,6 +56,13 @@ def test_history_against_loops(num_supernets: int) -> None:
             assert history.switch_rate[i] == sum(x != y for x, y in zip(before, best, strict=True)) / len(SPACE)
 
 
+def test_the_load_is_that_of_what_is_drawn() -> None:
+    p = [[1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]
+    record = dict(step=4, assignment=p, visits=[[2, 0], [0, 1], [0, 1]], last_visit=[[2, -1], [-1, 3], [-1, 1]])
+    assert mixture_history([record | {"weights": [1.5, 0.75, 0.75]}]).kl[0] == 0
+    assert mixture_history([record]).kl[0] == pytest.approx(math.log(2) + math.log(1 / 3) / 3 + 2 * math.log(2 / 3) / 3)
+
+
 def test_no_visit_between_two_snapshots_has_no_load() -> None:
     record = dict(step=4, assignment=[[0.5, 0.5]], visits=[[2, 2]], last_visit=[[0, 3]])
     assert np.isnan(mixture_history([record, record | {"step": 5}]).load[1]).all()

@@ -87,7 +87,9 @@ def test_metrics_hold_the_whole_mixture_at_50_steps(finished):
     assert snapshots[-1]["step"] == 60
     assert np.shape(snapshots[-1]["scores"]) == np.shape(snapshots[-1]["last_visit"]) == (15, 2)
     assert np.sum(snapshots[-1]["visits"]) == 60
-    np.testing.assert_allclose(np.mean(snapshots[-1]["assignment"], 0), 0.5, atol=1e-5)
+    weights = np.array(snapshots[-1]["weights"])
+    np.testing.assert_allclose(np.sort(weights), np.sort(3 / np.repeat([5, 4, 3, 2, 1], [5, 4, 3, 2, 1])))
+    np.testing.assert_allclose(weights @ snapshots[-1]["assignment"] / 15, 0.5, atol=1e-5)
     assert [r["epoch"] for r in records if r["kind"] == "ranking"] == [5, 10]
     assert all(r["truth"]["ranking"]["n"] == 14 for r in records if r["kind"] == "ranking")
 

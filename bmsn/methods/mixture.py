@@ -120,6 +120,7 @@ class MixtureSampler(Sampler):
     def snapshot(self, step: int) -> dict[str, Any]:
         return {
             "kind": "mixture",
+            "weights": self.mixture.weights,
             "scores": self.mixture.scores,
             "visits": self.mixture.visits,
             "assignment": self.mixture.assignment(self.temperature(step)),
