@@ -44,6 +44,7 @@ METHODS = ",".join((
     "mixture:refresh_every=78,average_last=0.2,label=refreshed averaged",
     "mixture:refresh_every=78,average_last=0.2,adapt=5,label=refreshed averaged adapted",
     "spos:average_last=0.2,label=spos averaged", "spos:adapt=5,label=spos adapted",
+    "mixture:draw=architectures,label=architectures equally often", "spos:draw=architectures,label=spos architectures",
 ))  # fmt: skip
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits
     "kendall_tau_b": ("tau-b", 3),

@@ -46,7 +46,7 @@ class Problem:
         return round(self.config.split_after * self.num_steps)
 
     def validates(self, step: int) -> bool:
-        """Whether a step has a validation batch, of methods that draw architectures uniformly."""
+        """Whether a step has a validation batch, of methods whose draws of architectures no accuracy decides."""
         chooses = self.config.supernets > 1 and step >= self.num_alone
         every = 1 if chooses or self.config.evaluate_top else self.config.procedure.validate_every
         return (step + 1) % every == 0

@@ -1,6 +1,7 @@
-"""Single path one-shot: one supernet, architectures drawn uniformly. The mixture with M = 1.
+"""Single path one-shot: one supernet, architectures drawn as `draw` says. The mixture with M = 1.
 
-Source: Guo et al. 2020, "Single path one-shot neural architecture search with uniform sampling".
+Source: Guo et al. 2020, "Single path one-shot neural architecture search with uniform sampling", which draws choices
+uniformly layer by layer, not architectures.
 """
 
 from __future__ import annotations
