@@ -64,9 +64,10 @@ class SearchConfig:
         refresh_every: steps from one refresh of the whole table a[c,m] on a validation batch to the next; 0: never.
         start_accuracy: a[c,m] before its first visit: 1 is optimistic, unvisited pairs are tried first; that of chance
             is not.
-        draw: what is drawn equally often: architectures (paper), or first poolings, and of those with the same one its
-            architectures: else late poolings, which few architectures have, are hardly trained and rank too low. None:
-            by the preset, where the method (mixture, spos, spos-unshared) takes it.
+        draw: what is drawn equally often: architectures (paper), or the positions of each pooling: one of the p, then
+            where it is, then an architecture that has it there; else late first and early last poolings, which few
+            architectures have, are hardly trained. None: by the preset, where the method (mixture, spos,
+            spos-unshared) takes it.
         split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as
             its copies. 0: all of them train from the start, each with weights of its own. None: as the preset and the
             data say, 0 for a method that has none.
@@ -118,7 +119,7 @@ class SearchConfig:
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
     start_accuracy: float = 1.0
-    draw: Literal["first-pooling", "architectures"] | None = None
+    draw: Literal["poolings", "architectures"] | None = None
     split_after: float | None = None
     average_last: float = 0.0
     warm_up: float = 0.0
@@ -312,7 +313,7 @@ _PRESETS = {
             weight_decay=1e-3,
             schedule="inverse",
             balance_every=1,
-            draw="first-pooling",
+            draw="poolings",
             split_after=0.0,
             score="best",
         ),

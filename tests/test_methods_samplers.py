@@ -15,10 +15,11 @@ from bmsn.errors import InputError
 from bmsn.loop import SearchLoop
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.boltzmann import BoltzmannSampler
-from bmsn.methods.few_shot import FewShotSampler, first_pooling_groups
+from bmsn.methods.few_shot import FewShotSampler
 from bmsn.methods.mcts import MctsSampler
 from bmsn.methods.mixture import MixtureSampler
 from bmsn.methods.supernet import SupernetMethod
+from bmsn.methods.uniform import pooling_groups
 from bmsn.methods.unshared import UnsharedPaths
 from bmsn.paths import architecture_path
 from bmsn.space import SearchSpace
@@ -311,7 +312,7 @@ def test_the_inverse_temperature_starts_after_the_warm_up():
 )  # fmt: skip
 def test_supernets_are_split_by_the_first_pooling(name, sizes):
     space = SearchSpace.named(name)
-    groups = first_pooling_groups(space)
+    groups = pooling_groups(space, 0)
     assert np.bincount(groups).tolist() == sizes
     assert all(space[i].pool_positions[0] == group + 1 for i, group in enumerate(groups))
     sampler = FewShotSampler(space, 10, 0, decay=0.9, in_blocks=True)

@@ -57,7 +57,7 @@ def test_the_built_in_set_has_settings_of_its_own():
 
 
 def test_what_is_drawn_equally_often_is_the_presets_choice():
-    assert SearchConfig().filled().draw == SearchConfig(method="spos").filled().draw == "first-pooling"
+    assert SearchConfig().filled().draw == SearchConfig(method="spos").filled().draw == "poolings"
     assert SearchConfig(preset="paper").filled().draw == SearchConfig(preset="authors").filled().draw == "architectures"
     assert SearchConfig(draw="architectures").filled().draw == "architectures"
     few_shot = SearchConfig(method="few-shot").filled()
@@ -68,17 +68,34 @@ def test_what_is_drawn_equally_often_is_the_presets_choice():
 
 
 @pytest.mark.parametrize("in_blocks", [True, False])
-@pytest.mark.parametrize("draw", ["first-pooling", "architectures"])
+@pytest.mark.parametrize("draw", ["poolings", "architectures"])
 def test_architectures_are_drawn_as_often_as_their_weights_say(draw, in_blocks):
     space, num_steps = SearchSpace.named("resnet20-cifar10"), 36 * 8 * 40
     drawn = draw_architectures(space, num_steps, 0, draw=draw, in_blocks=in_blocks)
     weights = draw_weights(space, draw)
     expected = num_steps * weights / weights.sum()
     assert stats.chisquare(np.bincount(drawn, minlength=36), expected).pvalue > 1e-3
-    assert expected[space.find((8, 1, 1)).index] == pytest.approx(num_steps / (8 if draw == "first-pooling" else 36))
-    firsts = np.array([a.pool_positions[0] for a in space])[drawn]
-    if draw == "first-pooling" and in_blocks:
-        assert all(sorted(block) == list(range(1, 9)) for block in firsts.reshape(-1, 8).tolist())
+    late, early, middle = (
+        expected[space.find(depths).index] / num_steps for depths in ((8, 1, 1), (1, 1, 8), (4, 3, 3))
+    )
+    if draw == "architectures":
+        assert late == early == middle == pytest.approx(1 / 36)
+    else:
+        assert late == early == pytest.approx((1 / 8 + 1 / 64) / 2)
+        assert middle == pytest.approx((1 / 8 / 5 + 1 / 8 / 6) / 2)
+
+
+@pytest.mark.parametrize("space", ["resnet14-cifar10", "resnet18-cifar10"])
+def test_every_position_of_a_pooling_is_drawn_equally_often(space):
+    """Those of the pooling that was drawn: in blocks, each of its L - p positions once a block."""
+    space, num_steps = SearchSpace.named(space), 6000
+    which = draw_uniform(space.num_pools, num_steps, 0, in_blocks=True, purpose="poolings")
+    drawn = draw_architectures(space, num_steps, 0, draw="poolings", in_blocks=True)
+    positions = np.array([a.pool_positions for a in space])[drawn, which]
+    for pooling in range(space.num_pools):
+        counts = np.bincount(positions[which == pooling] - pooling - 1)
+        assert len(counts) == space.num_layers - space.num_pools
+        assert np.ptp(counts) <= 1
 
 
 @pytest.mark.parametrize("max_macs", [None, "0.9x"])
@@ -88,13 +105,11 @@ def test_a_search_balances_by_what_it_draws(max_macs):
     )  # fmt: skip
     loop = SearchLoop(config, tiny_images())
     sampler, searched = loop.method.sampler, list(loop.method.problem.space)
-    firsts = np.array([a.pool_positions[0] for a in searched])
     assert len(searched) == (15 if max_macs is None else 8)
-    present = np.unique(firsts)
-    blocks = firsts[sampler.drawn[: 60 // len(present) * len(present)]].reshape(-1, len(present))
-    assert all(sorted(block) == present.tolist() for block in blocks.tolist())
-    per_first = [sampler.mixture.weights[firsts == first].sum() for first in present]
-    np.testing.assert_allclose(per_first, len(searched) / len(present))
+    drawn = np.bincount(sampler.drawn, minlength=len(searched))
+    expected = sampler.mixture.weights / len(searched) * len(sampler.drawn)
+    assert stats.chisquare(drawn, expected).pvalue > 1e-3
+    assert np.ptp(expected) > 1
 
 
 def test_architectures_are_drawn_uniformly():

@@ -16,7 +16,7 @@ from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Ranking, Sampler
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_by_group, first_pooling_groups
+from bmsn.methods.uniform import draw_by_group, pooling_groups
 from bmsn.space import SearchSpace
 
 
@@ -38,9 +38,9 @@ class FewShotSampler(Sampler):
     def __init__(
         self, space: SearchSpace, num_steps: int, seed: int, *, decay: float, in_blocks: bool, num_alone: int = 0
     ) -> None:
-        self.group = first_pooling_groups(space)
+        self.group = pooling_groups(space, 0)
         self.averages = MovingAverages(len(space), decay)
-        self._architectures = draw_by_group(self.group, num_steps, seed, in_blocks=in_blocks)
+        self._architectures = draw_by_group(self.group, num_steps, seed, in_blocks=in_blocks, purpose="few-shot")
         self._supernets = self.group[self._architectures]
         self._supernets[:num_alone] = 0
 
@@ -91,7 +91,7 @@ class FewShot(SupernetMethod):
 
     @classmethod
     def num_supernets(cls, space: SearchSpace) -> int:
-        return int(first_pooling_groups(space).max()) + 1
+        return int(pooling_groups(space, 0).max()) + 1
 
     @classmethod
     def make_sampler(cls, problem: Problem) -> FewShotSampler:

@@ -1,8 +1,8 @@
 """Draws of architectures for all steps ahead: pure functions of (seed, purpose).
 
-Uniform over architectures, or over the position of the first pooling. C(L-1, p) architectures crowd at early first
-poolings: of 36 eight pool first after layer 1 and one after layer 8, so that layers at high resolution are hardly
-trained there, and a search ranks late poolings too low (benchmarks/results).
+Uniform over architectures, or over the positions of each pooling. C(L-1, p) architectures crowd where the first pooling
+is early and the last one late: of 36 eight pool first after layer 1 and one after layer 8. So late layers are hardly
+trained at high resolution, nor early ones at low resolution, and what has them ranks too low (benchmarks/results).
 """
 
 from __future__ import annotations
@@ -25,38 +25,55 @@ def draw_uniform(
     return random.permuted(blocks, axis=1).ravel()[:num_steps]
 
 
-def first_pooling_groups(space: SearchSpace) -> NDArray[np.int64]:
-    """(C,) int64: the position of each architecture's first pooling, counted from 0 among those that occur."""
-    return np.unique([a.pool_positions[0] for a in space], return_inverse=True)[1].astype(np.int64)
+def pooling_groups(space: SearchSpace, pooling: int) -> NDArray[np.int64]:
+    """(C,) int64: the position of each architecture's pooling (0: the first), counted from 0 among those that occur."""
+    return np.unique([a.pool_positions[pooling] for a in space], return_inverse=True)[1].astype(np.int64)
+
+
+def draw_by_group(
+    group: NDArray[np.int64], num_steps: int, seed: int, *, in_blocks: bool, purpose: str
+) -> NDArray[np.int64]:
+    """(num_steps,) int64: each step's architecture, groups equally often, and within one its architectures.
+
+    Args:
+        group: (C,) int64, each architecture's group; 0 to G - 1, none of them empty.
+        num_steps, seed, purpose: as `draw_uniform`.
+        in_blocks: groups, and the architectures of each, in shuffled blocks of each once instead of independently.
+    """
+    num_groups = int(group.max()) + 1
+    groups = draw_uniform(num_groups, num_steps, seed, in_blocks=in_blocks, purpose=purpose)
+    drawn = np.empty(num_steps, np.int64)
+    for number in range(num_groups):
+        members, steps = np.flatnonzero(group == number), np.flatnonzero(groups == number)
+        inside = draw_uniform(len(members), len(steps), seed, in_blocks=in_blocks, purpose=f"{purpose}/{number}")
+        drawn[steps] = members[inside]
+    return drawn
 
 
 def draw_architectures(
     space: SearchSpace, num_steps: int, seed: int, *, draw: str | None, in_blocks: bool
 ) -> NDArray[np.int64]:
-    """(num_steps,) int64: each step's architecture; `draw`: what is drawn equally often, see `SearchConfig`."""
-    if draw == "first-pooling":
-        return draw_by_group(first_pooling_groups(space), num_steps, seed, in_blocks=in_blocks)
-    return draw_uniform(len(space), num_steps, seed, in_blocks=in_blocks)
-
-
-def draw_by_group(group: NDArray[np.int64], num_steps: int, seed: int, *, in_blocks: bool) -> NDArray[np.int64]:
-    """(num_steps,) int64: each step's architecture, groups equally often, and within one its architectures.
+    """(num_steps,) int64: each step's architecture.
 
     Args:
-        group: (C,) int64, each architecture's group; 0 to G - 1, none of them empty.
-        num_steps, seed: as `draw_uniform`.
-        in_blocks: groups, and the architectures of each, in shuffled blocks of each once instead of independently.
+        draw: "poolings": one of the p poolings, then its position, then an architecture that has it there, each
+            uniformly; else architectures uniformly.
+        in_blocks: each of these draws in shuffled blocks of each once instead of independently.
     """
-    groups = draw_uniform(int(group.max()) + 1, num_steps, seed, in_blocks=in_blocks, purpose="first-pooling")
+    if draw != "poolings":
+        return draw_uniform(len(space), num_steps, seed, in_blocks=in_blocks)
+    poolings = draw_uniform(space.num_pools, num_steps, seed, in_blocks=in_blocks, purpose="poolings")
     drawn = np.empty(num_steps, np.int64)
-    for number in range(int(group.max()) + 1):
-        members, steps = np.flatnonzero(group == number), np.flatnonzero(groups == number)
-        purpose = f"architectures/{number}"
-        drawn[steps] = members[draw_uniform(len(members), len(steps), seed, in_blocks=in_blocks, purpose=purpose)]
+    for pooling in range(space.num_pools):
+        steps, purpose = np.flatnonzero(poolings == pooling), f"poolings/{pooling}"
+        group = pooling_groups(space, pooling)
+        drawn[steps] = draw_by_group(group, len(steps), seed, in_blocks=in_blocks, purpose=purpose)
     return drawn
 
 
 def draw_weights(space: SearchSpace, draw: str | None) -> NDArray[np.float64]:
-    """(C,): how often `draw_architectures` draws each architecture, relative to the others."""
-    group = first_pooling_groups(space) if draw == "first-pooling" else np.arange(len(space))
-    return 1 / np.bincount(group)[group]
+    """(C,): how often `draw_architectures` draws each architecture: their shares, which sum to 1."""
+    if draw != "poolings":
+        return np.full(len(space), 1 / len(space))
+    groups = [pooling_groups(space, pooling) for pooling in range(space.num_pools)]
+    return np.mean([1 / (np.bincount(group) * (group.max() + 1))[group] for group in groups], axis=0)
