@@ -66,8 +66,8 @@ class SearchConfig:
             is not.
         draw: what is drawn equally often: architectures (paper), or the positions of each pooling: one of the p, then
             where it is, then an architecture that has it there; else late first and early last poolings, which few
-            architectures have, are hardly trained. None: by the preset, where the method (mixture, spos,
-            spos-unshared) takes it.
+            architectures have, are hardly trained. first-pooling: positions of the first alone, in favour of late
+            ones. None: by the preset, where the method (mixture, spos, spos-unshared) takes it.
         split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as
             its copies. 0: all of them train from the start, each with weights of its own. None: as the preset and the
             data say, 0 for a method that has none.
@@ -119,7 +119,7 @@ class SearchConfig:
     balance_every: int | Literal["epoch"] | None = None
     refresh_every: int = 0
     start_accuracy: float = 1.0
-    draw: Literal["poolings", "architectures"] | None = None
+    draw: Literal["poolings", "first-pooling", "architectures"] | None = None
     split_after: float | None = None
     average_last: float = 0.0
     warm_up: float = 0.0

@@ -68,7 +68,7 @@ def test_what_is_drawn_equally_often_is_the_presets_choice():
 
 
 @pytest.mark.parametrize("in_blocks", [True, False])
-@pytest.mark.parametrize("draw", ["poolings", "architectures"])
+@pytest.mark.parametrize("draw", ["poolings", "first-pooling", "architectures"])
 def test_architectures_are_drawn_as_often_as_their_weights_say(draw, in_blocks):
     space, num_steps = SearchSpace.named("resnet20-cifar10"), 36 * 8 * 40
     drawn = draw_architectures(space, num_steps, 0, draw=draw, in_blocks=in_blocks)
@@ -80,6 +80,8 @@ def test_architectures_are_drawn_as_often_as_their_weights_say(draw, in_blocks):
     )
     if draw == "architectures":
         assert late == early == middle == pytest.approx(1 / 36)
+    elif draw == "first-pooling":
+        assert (late, early, middle) == pytest.approx((1 / 8, 1 / 64, 1 / 40))
     else:
         assert late == early == pytest.approx((1 / 8 + 1 / 64) / 2)
         assert middle == pytest.approx((1 / 8 / 5 + 1 / 8 / 6) / 2)

@@ -37,7 +37,7 @@ class MixtureSampler(Sampler):
         procedure: ema_decay, tol and visits.
         balance_every: steps from one balance to the next.
         temperature: 1/tau after a number of steps, 0 to `num_steps`.
-        draw: "poolings", or architectures equally often, see `draw_architectures`.
+        draw: what is drawn equally often, see `draw_architectures`.
         start_accuracy: a[c,m] before the first visit.
         num_alone: steps, the first ones, in which supernet 0 trains alone.
     """

@@ -57,15 +57,16 @@ def draw_architectures(
 
     Args:
         draw: "poolings": one of the p poolings, then its position, then an architecture that has it there, each
-            uniformly; else architectures uniformly.
+            uniformly; "first-pooling": the same of the first alone; else architectures uniformly.
         in_blocks: each of these draws in shuffled blocks of each once instead of independently.
     """
-    if draw != "poolings":
+    poolings = _drawn_poolings(space, draw)
+    if not poolings:
         return draw_uniform(len(space), num_steps, seed, in_blocks=in_blocks)
-    poolings = draw_uniform(space.num_pools, num_steps, seed, in_blocks=in_blocks, purpose="poolings")
+    which = draw_uniform(len(poolings), num_steps, seed, in_blocks=in_blocks, purpose="poolings")
     drawn = np.empty(num_steps, np.int64)
-    for pooling in range(space.num_pools):
-        steps, purpose = np.flatnonzero(poolings == pooling), f"poolings/{pooling}"
+    for pooling in poolings:
+        steps, purpose = np.flatnonzero(which == pooling), f"poolings/{pooling}"
         group = pooling_groups(space, pooling)
         drawn[steps] = draw_by_group(group, len(steps), seed, in_blocks=in_blocks, purpose=purpose)
     return drawn
@@ -73,7 +74,10 @@ def draw_architectures(
 
 def draw_weights(space: SearchSpace, draw: str | None) -> NDArray[np.float64]:
     """(C,): how often `draw_architectures` draws each architecture: their shares, which sum to 1."""
-    if draw != "poolings":
-        return np.full(len(space), 1 / len(space))
-    groups = [pooling_groups(space, pooling) for pooling in range(space.num_pools)]
+    groups = [pooling_groups(space, pooling) for pooling in _drawn_poolings(space, draw)] or [np.arange(len(space))]
     return np.mean([1 / (np.bincount(group) * (group.max() + 1))[group] for group in groups], axis=0)
+
+
+def _drawn_poolings(space: SearchSpace, draw: str | None) -> range:
+    """The poolings whose positions are drawn equally often: none where architectures are."""
+    return {"poolings": range(space.num_pools), "first-pooling": range(1)}.get(draw or "", range(0))
