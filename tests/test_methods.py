@@ -254,7 +254,9 @@ def test_cost_is_counted(spec):
     64 images in one of them.
     """
     macs = [SPACE.macs(a, num_classes=4) for a in SPACE]
-    result = search(spec, supernets=2, epochs=15, refresh_every=7, score_every=5, score="best")
+    result = search(
+        spec, draw="architectures", supernets=2, epochs=15, refresh_every=7, score_every=5, score="best"
+    )  # fmt: skip
     assert result.cost == {
         "training_images": 60 * 16,
         "validation_images": 60 * 16 + 8 * 30 * 16 + 15 * 64,
