@@ -26,8 +26,8 @@ class Procedure:
         milestones: fractions of the training at which the learning rate is multiplied by `factor`; none: cosine.
         factor: see `milestones`.
         anneal: learning rate and 1/tau change with every step, or with every epoch.
-        visits: the architecture of each step is drawn on its own, or in blocks: shuffled, each of them once a block, so
-            that no two are ever more than one visit apart.
+        visits: what is drawn for each step (`SearchConfig.draw`) is drawn on its own, or in blocks: shuffled, each
+            choice once a block, so that no two are ever more than one visit apart.
         validate_every: steps from one validation batch to the next while one supernet trains alone, so that nothing is
             chosen by a[c,m]. With more of them, and with `evaluate_top`, every step has one.
     """

@@ -15,11 +15,11 @@ from bmsn.errors import InputError
 from bmsn.loop import SearchLoop
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.boltzmann import BoltzmannSampler
+from bmsn.methods.draws import pooling_groups
 from bmsn.methods.few_shot import FewShotSampler
 from bmsn.methods.mcts import MctsSampler
 from bmsn.methods.mixture import MixtureSampler
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import pooling_groups
 from bmsn.methods.unshared import UnsharedPaths
 from bmsn.paths import architecture_path
 from bmsn.space import SearchSpace

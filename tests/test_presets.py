@@ -10,7 +10,8 @@ from scipy import stats
 from bmsn.config import SearchConfig
 from bmsn.errors import InputError
 from bmsn.loop import SearchLoop
-from bmsn.methods.uniform import draw_architectures, draw_uniform, draw_weights
+from bmsn.methods.draws import draw_architectures, draw_uniform, draw_weights
+from bmsn.paths import architecture_path
 from bmsn.search import main
 from bmsn.space import SearchSpace
 from bmsn.trainer import learning_rate
@@ -112,6 +113,30 @@ def test_a_search_balances_by_what_it_draws(max_macs):
     expected = sampler.mixture.weights / len(searched) * len(sampler.drawn)
     assert stats.chisquare(drawn, expected).pvalue > 1e-3
     assert np.ptp(expected) > 1
+    while loop.step < 20:
+        loop.advance()
+    # The engine's potentials, from the balance of the last step, and not those that the host solves for on its own.
+    z = sampler.mixture.scores * sampler.temperature(20) + sampler.mixture.potentials
+    p = np.exp(z - z.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(sampler.mixture.weights @ p / len(searched), 0.5, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(sampler.metrics(20)["load"], 0.5, rtol=0, atol=1e-5)
+    assert abs(p.mean(axis=0)[0] - 0.5) > 1e-4
+
+
+@pytest.mark.parametrize("method", ["spos-unshared", "spos"])
+@pytest.mark.parametrize("draw", ["first-pooling", "architectures"])
+def test_methods_draw_as_they_are_told(method, draw):
+    config = SearchConfig(
+        space="resnet14-cifar10", data="npz:given", method=method, epochs=15, batch_size=16, draw=draw, seed=3
+    )  # fmt: skip
+    loop = SearchLoop(config, tiny_images())
+    wanted = draw_architectures(loop.space, loop.num_steps, 3, draw=draw, in_blocks=True).tolist()
+    if method == "spos":
+        assert loop.method.sampler.drawn[: loop.num_steps].tolist() == wanted
+    else:
+        paths = [architecture_path(loop.space, loop.space[index]) for index in wanted]
+        assert [loop.method.propose(step) for step in range(loop.num_steps)] == paths
 
 
 def test_architectures_are_drawn_uniformly():

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Ranking, Sampler
+from bmsn.methods.draws import draw_uniform
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_uniform
 from bmsn.mixture import inverse_temperature
 from bmsn.rng import generator
 from bmsn.space import SearchSpace

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Ranking, Sampler
+from bmsn.methods.draws import draw_by_group, pooling_groups
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_by_group, pooling_groups
 from bmsn.space import SearchSpace
 
 

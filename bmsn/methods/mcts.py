@@ -13,9 +13,9 @@ import numpy as np
 
 from bmsn.errors import InputError
 from bmsn.methods.base import Ranking, Sampler
+from bmsn.methods.draws import draw_uniform
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_uniform
 from bmsn.rng import generator
 from bmsn.space import Architecture, SearchSpace
 

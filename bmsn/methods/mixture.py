@@ -17,9 +17,9 @@ from bmsn.config import Procedure
 from bmsn.engine_mixture import MixtureEngine, runs_ahead
 from bmsn.errors import RunStopped
 from bmsn.methods.base import Outcome, Ranking, Sampler
+from bmsn.methods.draws import draw_architectures, draw_weights
 from bmsn.methods.problem import Problem
 from bmsn.methods.supernet import SupernetMethod
-from bmsn.methods.uniform import draw_architectures, draw_weights
 from bmsn.mixture import BalancedMixture, inverse_temperature, mean_entropy
 from bmsn.ops.balance import BalanceError
 from bmsn.rng import generator

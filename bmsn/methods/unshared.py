@@ -24,10 +24,10 @@ from bmsn.evaluator import Scores
 from bmsn.methods.averages import MovingAverages
 from bmsn.methods.base import Method, Outcome, Ranking
 from bmsn.methods.climbing import climb
+from bmsn.methods.draws import draw_architectures
 from bmsn.methods.found import in_words, path_findings
 from bmsn.methods.multires import count_correct_paths, forward_path, gather_path, scatter_path
 from bmsn.methods.problem import Problem
-from bmsn.methods.uniform import draw_architectures
 from bmsn.network import SupernetMixture
 from bmsn.paths import (
     ResolutionPath,
