@@ -50,7 +50,8 @@ class SearchConfig:
             synthetic data, else required.
         data: images as scheme:path (synthetic, cifar10, cifar100, parquet, folder, npz); None: synthetic, or those
             that `run_search` is given.
-        method: how to search: mixture, spos, few-shot, mcts, boltzmann, random or macs.
+        method: how to search: mixture, spos, spos-unshared, spos-unshared-all, few-shot, mcts, boltzmann, darts,
+            darts-unshared-same, darts-unshared-random, gaea, random or macs.
         supernets: M, number of supernets; None: as many as the method needs; mixture: 4, on synthetic data 2.
         epochs: passes over the training half; None: a base of the data set times M.
         preset: values for what is not given here: ours, the paper's, or those of its authors' code.
@@ -88,7 +89,7 @@ class SearchConfig:
         norm: statistics of BatchNorm in scoring: of each scoring batch, or calibrated once on training images (needs
             fast_eval).
         score: score each architecture with its best supernet, or all (architecture, supernet) pairs; None: all pairs
-            where `rank_by` needs them, else as the preset says.
+            where `rank_by` needs them, the best supernet in a race, else as the preset says.
         rank_by: rank architectures by their accuracy in the supernet assigned to them, argmax_m p(m|c), or in the one
             where it is best; by the mean over all supernets, plain or weighted by p(m|c); or by the assigned one less
             that supernet's level. All but assigned need all pairs; None: best where all are scored, else assigned.
@@ -233,6 +234,8 @@ class SearchConfig:
         values = {**preset.fields, **special, "space": space, "data": data, "supernets": supernets, "epochs": epochs}
         if self.rank_by not in (None, "assigned"):
             values["score"] = "pairs"
+        elif self.race:
+            values["score"] = "best"
         ranks_pairs = (self.score or values["score"]) == "pairs" and "rank_by" in methods.get(self.method).settings
         values["rank_by"] = "best" if ranks_pairs else "assigned"
         known = {field.name for field in fields(self)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,11 @@ def test_methods_are_found_by_name():
         assert issubclass(method, Method)
         assert method.name == name
     assert SearchConfig().method == "mixture"
+
+
+def test_the_help_names_every_method():
+    described = str(SearchConfig.__doc__).partition("method: how to search:")[2].partition("supernets:")[0]
+    assert set(re.findall(r"[a-z-]+", described)) == set(bmsn.methods.names()) | {"or"}
 
 
 def test_an_unknown_method_is_refused_with_the_nearest(spec, capsys):

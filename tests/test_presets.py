@@ -55,6 +55,8 @@ def test_the_built_in_set_has_settings_of_its_own():
     assert (paper.batch_size, paper.score, paper.split_after) == (256, "best", 0)
     other = SearchConfig(supernets=3, batch_size=128, score="best").filled()
     assert (other.epochs, other.batch_size, other.score, other.rank_by) == (54, 128, "best", "assigned")
+    raced = SearchConfig(race=3).filled()
+    assert (raced.score, raced.rank_by) == ("best", "assigned")
 
 
 def test_what_is_drawn_equally_often_is_the_presets_choice():
