@@ -26,7 +26,7 @@ import tyro
 
 from bmsn import methods
 from bmsn.accuracy_table import write_csv
-from bmsn.command import ProgressLines, run_command, until_signalled
+from bmsn.command import ProgressLines, parse_flags, run_command, until_signalled
 from bmsn.comparison import Comparison, ComparisonConfig, run_comparison
 from bmsn.comparison_figures import Summary
 from bmsn.method_spec import MethodSpec, parse_methods
@@ -46,6 +46,7 @@ METHODS = ",".join((
     "spos:average_last=0.2,label=spos averaged", "spos:adapt=5,label=spos adapted",
     "mixture:draw=architectures,label=architectures equally often", "spos:draw=architectures,label=spos architectures",
 ))  # fmt: skip
+PROGRAM = "benchmarks/study.py"
 FIGURES = {  # name in `bmsn.comparison_figures.FIGURES`: heading, digits
     "kendall_tau_b": ("tau-b", 3),
     "partial_kendall": ("tau-b given MACs", 3),
@@ -177,9 +178,9 @@ def run(study: Study) -> tuple[str, Mapping[str, str]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
-        "benchmarks/study.py",
+        PROGRAM,
         lambda: run(
-            tyro.cli(tyro.conf.OmitArgPrefixes[Study], args=arguments, description=str(__doc__).split("\n")[0])
+            parse_flags(tyro.conf.OmitArgPrefixes[Study], PROGRAM, arguments, description=str(__doc__).split("\n")[0])
         ),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -125,3 +126,14 @@ def test_the_default_settings_are_known(study):
     specs = bmsn.method_spec.parse_methods(study.METHODS)
     filled = [bmsn.SearchConfig(method=spec.method, **spec.settings).filled().as_dict() for spec in specs]
     assert all(filled.count(config) == 1 for config in filled)
+
+
+def test_help_that_nobody_reads(study, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as left:
+            study.main(["--help"])
+        assert left.value.code == 141
+    assert capsys.readouterr().err == ""
