@@ -110,6 +110,8 @@ def _as_text(spec: MethodSpec, rule: str) -> str:
     given = spec.settings | {"rank_by": rule}  # so that the label holds, whatever `settings` say
     if len(_rules(spec)) > 1:
         given["score"] = "pairs"
+    elif spec.settings.get("adapt"):
+        given["score"] = "best"  # else each architecture is adapted in all supernets, and one of them counts
     given["label"] = _label(_plain(spec.label), rule)
     return f"{spec.method}:" + ",".join(f"{name}={value}" for name, value in given.items())
 

@@ -327,7 +327,10 @@ def _make_searches(
             taken = methods.get(spec.method).settings
             if "max_macs" in common and "max_macs" not in taken:  # it would be compared with others on other terms
                 raise InputError(f"method {spec.label}: settings max_macs does not fit it; give it to single methods")
-            given = {k: v for k, v in common.items() if k in taken or k not in OPTIONAL_SETTINGS} | spec.settings
+            unfit = set(OPTIONAL_SETTINGS) - taken
+            if methods.get(spec.method).num_supernets(space) is not None:
+                unfit.add("supernets")
+            given = {k: v for k, v in common.items() if k not in unfit} | spec.settings
             for seed in range(config.first_seed, config.first_seed + config.seeds):
                 try:
                     settings = SearchConfig(

@@ -136,11 +136,17 @@ def draw_budgets(folder: Path, rows: Sequence[Row], title: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    from bmsn.figures import fit_legend
+
     labels = list(dict.fromkeys(row.label for row in rows))
     budgets = sorted({row.budget for row in rows})
-    settings = {"svg.hashsalt": "bmsn", "svg.fonttype": "none", "font.size": 9}  # the same file from the same numbers
+    names, columns = fit_legend(labels)
+    legend_lines = math.ceil(len(names) / columns) * max(name.count("\n") + 1 for name in names)
+    settings = {  # the same file from the same numbers; names are text: a $ in one is a $
+        "svg.hashsalt": "bmsn", "svg.fonttype": "none", "font.size": 9, "text.parse_math": False,
+    }  # fmt: skip
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9.5, 3.6 + 0.12 * len(labels)), layout="constrained")
+        figure = Figure(figsize=(9.5, 4.3 + 0.17 * legend_lines), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2)
         for panel, name, words in (
@@ -159,7 +165,8 @@ def draw_budgets(folder: Path, rows: Sequence[Row], title: str) -> None:
         axes[0].axhline(0, color="0.6", linewidth=0.8)
         axes[1].set_ylim(bottom=-0.03 * axes[1].get_ylim()[1])  # markers at 0 are whole
         figure.suptitle(f"{title}; means over seeds, bars: 95 % intervals", fontsize=10)
-        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        handles, _ = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False)
         for suffix, metadata in (("svg", {"Date": None}), ("png", None)):
             write_atomically(folder / f"budgets.{suffix}", _drawn(figure.savefig, suffix, metadata))
 

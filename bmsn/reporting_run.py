@@ -21,7 +21,7 @@ from bmsn.runfolder import read_metrics
 from bmsn.space import Architecture, SearchSpace
 
 MAX_NAMED = 40  # architectures that still have their name beside a row of a figure
-_CLASSES_ASSUMED = 10  # of the head's MACs, where no result says how many there are
+_DATA_ASSUMED = {"num_classes": 10, "in_channels": 3}  # of runs that have not written what their images are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +65,7 @@ class ReportedRun:
         searched: the architectures that the method numbers in its records: all, or those within `max_macs`.
         truth: stand-alone accuracy in percent by architecture index; empty without a truth.
         records: of metrics.jsonl, by kind, in the order of their steps.
+        data: what is known of the images: name, image_size, num_classes, in_channels.
         result: the content of result.json, empty while it is not there.
         agreement: figures of the ranking ("ranking"), of accuracies where it is not by them ("accuracy"), of the
             estimates ("ema") and of MACs ("macs") against the truth; empty without a truth.
@@ -84,6 +85,7 @@ class ReportedRun:
     searched: tuple[Architecture, ...]
     truth: dict[int, float]
     records: dict[str, list[dict[str, Any]]]
+    data: dict[str, Any]
     result: dict[str, Any]
     agreement: dict[str, dict[str, Any]]
     notes: tuple[str, ...]
@@ -92,7 +94,7 @@ class ReportedRun:
     @property
     def data_name(self) -> str:
         """As the data set calls itself; of a run without a result, the end of what names it."""
-        return str(self.result.get("data", {}).get("name", str(self.config.get("data")).rsplit("/", 1)[-1]))
+        return str(self.data.get("name", str(self.config.get("data")).rsplit("/", 1)[-1]))
 
     @property
     def whole(self) -> tuple[ReportedRow, ...]:
@@ -102,7 +104,7 @@ class ReportedRun:
     @property
     def image_size(self) -> int:
         """Pixels on a side."""
-        return int(self.result.get("data", {}).get("image_size", self.space.image_size))
+        return self.space.image_size
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -136,13 +138,15 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
     records: dict[str, list[dict[str, Any]]] = {}
     for record in read_metrics(metrics) if metrics.is_file() else []:
         records.setdefault(str(record.get("kind")), []).append(record)
+    described = records.pop("data", [{}])[-1]
     if not result and not records:
         raise InputError(f"{path}: the run is unfinished and has recorded nothing yet")
     try:
         config = result.get("config", config)
         space = SearchSpace.named(config["space"], pool=config.get("pool"))
-        num_classes = result["data"]["num_classes"] if result else _CLASSES_ASSUMED
-        macs = [space.macs(a, num_classes=num_classes) for a in space]
+        data = _DATA_ASSUMED | {"image_size": space.image_size} | described | result.get("data", {})
+        space = space.resized(data["image_size"])
+        macs = [space.macs(a, num_classes=data["num_classes"], in_channels=data["in_channels"]) for a in space]
         searched = _searched(space, config, macs, result)
         standing = _standing(space, searched, config, result, records)
     except (KeyError, TypeError, ValueError) as error:
@@ -154,7 +158,8 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         done = max(record["step"] for kind in records.values() for record in kind)
         notes.append(
             f"This run is unfinished: it has recorded {done} steps. Architectures are ranked by "
-            f"{standing.ranked_by}; MACs are those with a head of {num_classes} classes."
+            f"{standing.ranked_by}; MACs are those of images of {space.image_size} pixels in "
+            f"{data['num_classes']} classes."
         )
     truth, problem = _truth(config, space, truth_source)
     notes += [problem] if problem else []
@@ -185,6 +190,7 @@ def _read_run(path: Path, label: str, truth_source: str | None) -> ReportedRun:
         searched=searched,
         truth=truth,
         records=records,
+        data=data,
         result=result,
         agreement=_agreement(rows, truth, str(config.get("method", "mixture")), standing.by_accuracy)
         if truth and rows

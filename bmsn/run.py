@@ -113,6 +113,14 @@ def _open(config: FilledConfig) -> ImageDataset:
     return open_dataset(config.data, image_size=SearchSpace.named(config.space).image_size if resizes else None)
 
 
+def describe_data(data: ImageDataset) -> dict[str, Any]:
+    """What result.json and the first line of metrics.jsonl say of the images."""
+    return {
+        "name": data.name, "fingerprint": data.fingerprint,
+        "num_classes": data.num_classes, "image_size": data.image_size, "in_channels": data.in_channels,
+    }  # fmt: skip
+
+
 def _search(
     loop: SearchLoop,
     folder: RunFolder | None,
@@ -134,7 +142,9 @@ def _search(
             earlier = saved[1]["seconds"]
             for difference in environment_differences(saved[1]["environment"], here):
                 _log.warning("resumed elsewhere, so not bit-exact: %s", difference)
-        metrics.cut_back(loop.step)
+        metrics.cut_back(loop.step or -1)
+        if loop.step == 0:  # what a report of a run without a result must know
+            metrics.write({"kind": "data", "step": 0} | describe_data(data))
         _log.info(
             "%s %s at step %d of %d",
             "resuming" if config.resume else "starting",
@@ -211,14 +221,11 @@ def _search(
         ranking=ranked,
         config=config.as_dict(),
         environment=here,
-        data={
-            "name": data.name,
-            "fingerprint": data.fingerprint,
+        data=describe_data(data)
+        | {
             "num_train": len(loop.train_stream.indices),
             "num_validation": len(loop.validation),
             "num_test": len(data.test_labels),
-            "num_classes": data.num_classes,
-            "image_size": data.image_size,
         },
         timings={
             "train_images_per_second": loop.num_steps * config.batch_size / max(loop.train_seconds, 1e-9),

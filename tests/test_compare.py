@@ -168,6 +168,15 @@ def test_budgets_are_drawn(folder, capsys):
     assert "Budget: 3 epochs" in capsys.readouterr().out
 
 
+def test_a_number_of_supernets_is_for_those_that_take_one(folder):
+    settings = "batch_size=16,supernets=3"
+    assert main(flags(folder, "three", methods="mixture,spos,few-shot", seeds=1, settings=settings)) == 0
+    configs = [json.loads(path.read_text())["config"] for path in (folder / "three" / "runs").glob("*/result.json")]
+    assert {config["method"]: config["supernets"] for config in configs} == {
+        "mixture": 3, "spos": 1, "few-shot": 5, "macs": 1,
+    }  # fmt: skip
+
+
 def test_a_limit_on_macs_holds_for_all_methods(folder):
     """Also where the default itself is above it: then what is within the limit is within its MACs."""
     assert main(flags(folder, "limit", methods="random,few-shot", seeds=1, settings="batch_size=16,max_macs=0.9x")) == 0

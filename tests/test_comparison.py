@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -194,6 +195,19 @@ def test_figures_against_the_budget(tmp_path):
     (tmp_path / "again").mkdir()
     draw_budgets(tmp_path / "again", rows, "title")
     assert (tmp_path / "again" / "budgets.svg").read_text() == svg
+
+
+def test_long_names_in_the_figure_are_whole(tmp_path):
+    """Each line of the legend is narrower than the figure; a $ is one."""
+    names = ["mixture:supernets=8,refresh_every=200,average_last=0.2,adapt=5,adapt_lr=0.01,rank_by=mean", "$a$", "b"]
+    rows = [
+        dataclasses.replace(summarise_runs([run(FIRST, name)]), budget=budget) for name in names for budget in (5, 20)
+    ]
+    draw_budgets(tmp_path, rows, "title")
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "budgets.svg").read_text())
+    assert "$a$" in texts
+    assert max(map(len, texts)) <= 78
+    assert "".join(names[0].split(",")) in "".join(texts).replace(",", "").replace(" ", "")
 
 
 def test_every_figure_is_summed_up():

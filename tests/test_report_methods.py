@@ -294,6 +294,28 @@ def test_unfinished_run_within_macs_has_the_right_names(tmp_path: Path) -> None:
     assert [row["architecture"] for row in rows] == [str(a) for a in reversed(left)]
 
 
+def test_unfinished_run_on_images_of_another_size(tmp_path: Path) -> None:
+    """Its limit on MACs, its names and its MACs are those of its images: here 8 pixels, one channel, 3 classes."""
+    run = write_run(tmp_path / "run", SPACE, finished=False)
+    config = (run / "config.yaml").read_text()
+    space = SPACE.resized(8)
+    macs = [space.macs(a, num_classes=3, in_channels=1) for a in space]
+    limit = sorted(macs)[7]
+    (run / "config.yaml").write_text(config.replace("max_macs: null", f"max_macs: {limit / 1e6}M"))
+    left = [a for a in space if macs[a.index] <= limit]
+    data = {"kind": "data", "step": 0, "name": "small", "num_classes": 3, "image_size": 8, "in_channels": 1}
+    record = {
+        "kind": "mixture", "step": 95, "scores": [[i / 10, 0.0] for i in range(len(left))],
+        "visits": [[1, 1]] * len(left), "assignment": [[1.0, 0.0]] * len(left), "last_visit": [[1, 2]] * len(left),
+    }  # fmt: skip
+    steps = [line for line in (run / "metrics.jsonl").read_text().splitlines() if '"step", ' in line]
+    (run / "metrics.jsonl").write_text("\n".join([json.dumps(data), *steps, json.dumps(record), ""]))
+    (reported,) = read_runs([run])
+    assert [row.architecture for row in reported.rows] == left[::-1]
+    assert [row.macs for row in reported.rows] == [macs[a.index] for a in left[::-1]]
+    assert (reported.image_size, reported.data_name) == (8, "small")
+
+
 def test_findings_with_html_are_text(tmp_path: Path) -> None:
     evil = "</td><script>alert(1)</script>"
     method = {

@@ -111,7 +111,9 @@ def test_labels_hold_whatever_the_settings_say(study):
         "adapted | assigned", "spos | assigned", "few-shot | assigned", "macs | assigned",
     ]  # fmt: skip
     for spec in config.specs:
-        assert bmsn.SearchConfig(method=spec.method, score="pairs", **spec.settings).filled().rank_by == "assigned"
+        filled = bmsn.SearchConfig(method=spec.method, **{"score": "pairs"} | spec.settings).filled()
+        assert filled.rank_by == "assigned"
+        assert filled.score == ("best" if filled.adapt else "pairs")
 
 
 def test_bad_input(study, flags, capsys):
