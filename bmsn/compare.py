@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import tyro
 
@@ -37,11 +37,10 @@ def to_table(comparison: Comparison) -> str:
     for budget in dict.fromkeys(row.budget for row in comparison.rows):
         rows = [row for row in comparison.rows if row.budget == budget]
         runs = [run for run in comparison.runs if run.budget == budget]
-        smallest, largest = min(run.n for run in runs), max(run.n for run in runs)
-        over = f"{smallest}" if smallest == largest else f"{smallest} to {largest}"
         lines += [
-            f"Budget: {budget} epochs. Figures over {over} of {comparison.num_architectures} architectures, means "
-            f"over {max(row.num_runs for row in rows)} seeds, in brackets bootstrap intervals (95 %).",
+            f"Budget: {budget} epochs. Figures over {_range(run.n for run in runs)} of {comparison.num_architectures} "
+            f"architectures, means over {_range(row.num_runs for row in rows)} seeds, in brackets bootstrap intervals "
+            "(95 %).",
             *_table("method", {row.label: _pick_cells(row) for row in rows}, width),
             "",
             *_table("method", {row.label: _rank_cells(row) for row in rows}, width),
@@ -59,6 +58,11 @@ def to_table(comparison: Comparison) -> str:
         ]
     lines += _notes(comparison)
     return "\n".join(lines)
+
+
+def _range(counts: Iterable[int]) -> str:
+    different = sorted({*counts})
+    return " to ".join(map(str, different if len(different) == 1 else (different[0], different[-1])))
 
 
 def _pick_cells(row: Row) -> dict[str, str]:

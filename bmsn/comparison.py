@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from bmsn import methods
+from bmsn.command_line import command_line
 from bmsn.comparison_figures import Paired, Row, Run, compare_pairs, describe_run, summarise_runs
 from bmsn.comparison_files import check_drawing, draw_budgets, write_tables
 from bmsn.config import FilledConfig, SearchConfig
@@ -250,9 +252,10 @@ def run_comparison(
         check_drawing()
     named = SearchConfig(space=config.space, data=config.data).filled().space
     space = SearchSpace.named(named, pool=config.pool)
-    truth, of_paths = load_truth(config.truth, space), load_truth_of_paths(config.truth, space)
     data = open_images(config.data, None, space)
     searches = _make_searches(config, space, data)
+    trained = space.resized(data.image_size)
+    truth, of_paths = load_truth(config.truth, trained), load_truth_of_paths(config.truth, trained)
     unique: dict[str, SearchTask] = {}
     for search in searches.values():  # two labels of the same settings are one search
         unique.setdefault(search.task.name, search.task)
@@ -290,11 +293,28 @@ def run_comparison(
         "truth": config.truth, "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
         "budgets": list(config.all_budgets), "settings": parse_settings(config.settings),
         "methods": [{"label": s.label, "method": s.method, "settings": s.settings} for s in config.specs],
+        "command": _command(config),
     }  # fmt: skip
-    write_tables(config.out, comparison.rows, comparison.paired, comparison.runs, about, comparison.missing)
+    where = _environment([finished.result for finished in outcome.results.values()])
+    write_tables(config.out, comparison.rows, comparison.paired, comparison.runs, about, where, comparison.missing)
     if len(config.all_budgets) > 1 and comparison.rows:
         draw_budgets(config.out, comparison.rows, f"{space.name} on {config.data}")
     return comparison
+
+
+def _command(config: ComparisonConfig) -> str:
+    """What makes the same tables: without workers and the like, which change none of them, and the folder."""
+    defaults = {field.name: field.default for field in fields(ComparisonConfig)}
+    settings = {
+        name: value for name, value in vars(config).items() if name in defaults and name not in ("resources", "out")
+    }
+    return command_line("bmsn.compare", settings, defaults)
+
+
+def _environment(results: Sequence[SearchResult]) -> dict[str, list[Any]]:
+    """Where the searches took place: of each field the values that occur, as they may stem from several machines."""
+    names = dict.fromkeys(name for result in results for name in result.environment)
+    return {name: list(dict.fromkeys(result.environment.get(name) for result in results)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,15 +31,17 @@ def write_tables(
     paired: Sequence[Paired],
     runs: Sequence[Run],
     about: Mapping[str, Any],
+    environment: Mapping[str, Sequence[Any]],
     missing: Sequence[str],
 ) -> None:
     """Writes comparison.csv, paired.csv and comparison.json.
 
-    Times stand in the last columns of comparison.csv and under "timings" in comparison.json: two comparisons of the
-    same searches are equal but for them.
+    Times stand in the last columns of comparison.csv and under "timings" in comparison.json, where they were taken
+    under "environment": two comparisons of the same searches are equal but for them.
 
     Args:
         about: what determines the searches; `space` as `SearchSpace.named` takes it, `space_name` in words.
+        environment: of the searches, values by field (`bmsn.checkpoint.environment`).
         missing: architectures without a row in the truth.
     """
     title = f"{about['space_name']} on {about['data']}, truth {about['truth']}, seeds {about['seeds']}; intervals: 95 %"
@@ -82,6 +84,7 @@ def write_tables(
         "timings": [
             {"budget": run.budget, "method": run.label, "seed": run.seed, **run.timings} for run in runs
         ],
+        "environment": environment,
     }  # fmt: skip
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     write_atomically(folder / "comparison.json", text.encode())

@@ -17,10 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from bmsn.errors import InputError
-from bmsn.paths import Candidate, find_candidate
+from bmsn.paths import Candidate, as_path, find_candidate, path_macs
 from bmsn.space import Architecture, SearchSpace
 
 _BY_MACS = "MACs decide the ranking or the truth"
+_OTHER_SPACE = 1.5  # times the MACs; the images' channels and classes make less of a difference
 PUBLISHED = {"resnet20-cifar10": "cifar10_resnet20.csv"}
 
 
@@ -29,11 +30,12 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
 
     Args:
         source: "paper" (published for resnet20-cifar10: Javan et al. 2023, table 6), or a CSV file with the columns
-            `stage_depths` (as 4-3-3) and `accuracy_mean`.
+            `stage_depths` (as 4-3-3) and `accuracy_mean`; `macs`, where it is there, tells networks of another size.
         space: whose architectures they are; those that have no row are left out. Rows of paths outside the space, as
             0-0-1-2-1, are for `load_truth_of_paths`.
     Raises:
-        InputError: no such table, a column or value that is not there, or an architecture of another space.
+        InputError: no such table, a column or value that is not there, or an architecture of another space, also one
+            that is called the same there.
     """
     truth = {c.index: accuracy for c, accuracy in _read_truth(source, space).items() if isinstance(c, Architecture)}
     if len(truth) < 3:
@@ -76,8 +78,23 @@ def _read_truth(source: str, space: SearchSpace) -> dict[Candidate, float]:
             raise InputError(
                 f"truth {source}: row {number}: accuracy_mean must be in [0, 100]; got {row['accuracy_mean']!r}"
             )
+        _check_macs(f"truth {source}: row {number}", space, candidate, row.get("macs"))
         truth[candidate] = accuracy
     return truth
+
+
+def _check_macs(place: str, space: SearchSpace, candidate: Candidate, text: str | None) -> None:
+    """InputError where a network of this name has another width, depth of blocks or image size."""
+    try:
+        stored = float(text or "nan")
+    except ValueError:
+        raise InputError(f"{place}: macs must be a number; got {text!r}") from None
+    here = path_macs(space, as_path(space, candidate))
+    if not math.isnan(stored) and not 1 / _OTHER_SPACE < stored / here < _OTHER_SPACE:
+        raise InputError(
+            f"{place}: {candidate} has {stored:,.0f} MACs there and {here:,} in {space.name} with images of "
+            f"{space.image_size} pixels: it is of another space, or trained on images of another size"
+        )
 
 
 CORRELATIONS = ("kendall_tau_b", "spearman", "partial_kendall")

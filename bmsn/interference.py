@@ -123,6 +123,15 @@ def run_interference(config: InterferenceConfig, data: ImageDataset | None = Non
     All three begin with the same weights and see the same number of updates on an architecture: the alternating
     supernet has twice as many in all, so what it lacks is not for want of training. Batches come in the same order.
 
+    Source: Javan et al. 2023, figure 1.
+
+        >>> from bmsn.interference import InterferenceConfig, run_interference
+        >>> result = run_interference(
+        ...     InterferenceConfig(space="resnet14-cifar10", data="npz:images.npz", epochs=1, batch_size=16)
+        ... )
+        >>> print(*result.architectures, result.accuracy.shape)  # points in time, supernets, architectures
+        [1,1,5] [5,1,1] (5, 3, 2)
+
     Args:
         config: settings.
         data: the images; None: what `config.data` names.

@@ -21,6 +21,9 @@ def write_report(folders: Sequence[str | Path], out: str | Path, *, truth: str |
 
     A part is there where its data is. The page loads nothing from elsewhere; its tables sort by a click.
 
+        >>> print(bmsn.reporting.write_report(["runs/a"], "report.html"))
+        report.html
+
     Args:
         folders: run folders and folders of bmsn.compare; spaces and data may differ.
         out: a file that ends in .html, or a folder for report.html.
@@ -51,7 +54,7 @@ def _title(runs: Sequence[ReportedRun], comparisons: Sequence[ReportedComparison
     if len(runs) == 1 and not comparisons:
         return f"{runs[0].space.name} on {runs[0].data_name}"
     if not runs and len(comparisons) == 1:
-        return f"Methods in {comparisons[0].content['space']} on {comparisons[0].content['data']}"
+        return f"Methods in {comparisons[0].space_name} on {comparisons[0].content['data']}"
     counted = ((len(runs), "search", "searches"), (len(comparisons), "comparison", "comparisons"))
     return ", ".join(f"{count} {one if count == 1 else several}" for count, one, several in counted if count)
 

@@ -15,6 +15,7 @@ from bmsn.comparison_figures import path_in_words
 from bmsn.errors import InputError
 from bmsn.figures_comparison import comparison_figure
 from bmsn.reporting_page import Block, Cell, Code, Heading, Plot, Row, Table, Text, cell
+from bmsn.reporting_reproduction import value_table
 
 _FILE, _SCHEMA = "comparison.json", 1
 _HEAD = ("budget", "method", "seeds")
@@ -45,6 +46,11 @@ class ReportedComparison:
     path: Path
     label: str
     content: dict[str, Any]
+
+    @property
+    def space_name(self) -> str:
+        """In words; older comparisons have but what `SearchSpace.named` takes."""
+        return str(self.content.get("space_name", self.content["space"]))
 
 
 def is_comparison(path: Path) -> bool:
@@ -90,7 +96,7 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     missing = ", ".join(content.get("truth_missing", ()))
     blocks: list[Block] = [
         Text(
-            f"{content.get('space_name', content['space'])} on {content['data']} against the truth {content['truth']}, "
+            f"{comparison.space_name} on {content['data']} against the truth {content['truth']}, "
             f"seeds {', '.join(map(str, content['seeds']))}. Figures are means over seeds, with a 95 % bootstrap "
             "interval of the mean, which is too narrow over few seeds; the differences seed by seed have Student's "
             "beside it, comparison.json has it for all."
@@ -117,7 +123,10 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     blocks += [Text(f"Not defined: {reason}") for reason in sorted(undefined)]
     about = {key: content[key] for key in _TO_REPRODUCE if key in content}
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=math.inf)  # a space of one's own is long
-    return [*blocks, Heading("To reproduce"), Code(text.rstrip())]
+    command: list[Block] = [Text("With an --out of its own:"), Code(content["command"])] if "command" in content else []
+    shown = {name: ", ".join(map(str, values)) for name, values in content.get("environment", {}).items()}
+    machine: list[Block] = [value_table("Environment", shown)] if shown else []
+    return [*blocks, Heading("To reproduce"), *command, *machine, Code(text.rstrip())]
 
 
 def _picks(content: Mapping[str, Any]) -> Table:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from bmsn.checkpoint import write_atomically
+from bmsn.command_line import command_line
 from bmsn.figures import style
 from bmsn.figures_interference import accuracy_figure, features_figure, filters_figure
 from bmsn.interference import NETS, Interference, InterferenceConfig
@@ -18,6 +19,13 @@ from bmsn.reporting_page import Block, Code, Heading, Page, Plot, Row, Table, Te
 
 def write_interference(result: Interference, out: str | Path) -> Path:
     """Writes the page, its figures and a JSON file of its numbers; returns the HTML file.
+
+        >>> from bmsn.interference import InterferenceConfig, run_interference
+        >>> result = run_interference(
+        ...     InterferenceConfig(space="resnet14-cifar10", data="npz:images.npz", epochs=1, batch_size=16)
+        ... )
+        >>> print(bmsn.reporting_interference.write_interference(result, "report.html"))
+        report.html
 
     Args:
         result: of `run_interference`.
@@ -58,7 +66,7 @@ def _blocks(result: Interference) -> list[Block]:
             features_figure(result),
         ),
         Heading("To reproduce"),
-        Code(_command(result)),
+        Code(command_line("bmsn.report --interference", result.config, asdict(InterferenceConfig()))),
         Code(yaml.safe_dump(
             {"config": result.config, "data": result.data, "environment": result.environment,
              "seconds": round(result.seconds, 1)}, sort_keys=False,
@@ -82,15 +90,6 @@ def _cosines(result: Interference) -> Table:
     names = ("at the start", *NETS)
     rows = [Row([cell(name), *(cell(float(c), "{:.3f}") for c in cosine[i])]) for i, name in enumerate(names)]
     return Table(("", *names), rows)
-
-
-def _command(result: Interference) -> str:
-    words = ["python", "-m", "bmsn.report", "--interference"]
-    default = InterferenceConfig()
-    for name, value in result.config.items():
-        if value != getattr(default, name):
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return shlex.join(words)
 
 
 def _to_json(result: Interference) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,10 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+import tyro
 
 import bmsn
+from bmsn.command import parse_flags
 from bmsn.compare import main
+from bmsn.comparison import ComparisonConfig
 from bmsn.comparison_files import TIMINGS
+from bmsn.scheduler import Resources
 from checkpoints import file_size_limit
 from searching import write_tiny_images, write_truth
 
@@ -116,6 +123,20 @@ def test_what_is_finished_is_not_run_again(finished, folder, capsys):
     assert main(flags(folder, "finished")) == 0
     assert capsys.readouterr().out == printed
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").glob("*/result.json")} == stamps
+
+
+def test_what_reproduces_it_is_kept(finished, folder):
+    """The command, as a shell reads it, gives the same settings; versions and machine are those of the searches."""
+    content = json.loads((finished[0] / "comparison.json").read_text())
+    words = shlex.split(content["command"])
+    assert words[:3] == ["python", "-m", "bmsn.compare"]
+    given, again = (
+        parse_flags(tyro.conf.OmitArgPrefixes[ComparisonConfig], "compare", arguments)
+        for arguments in (flags(folder, "finished"), [*words[3:], "--out", str(finished[0])])
+    )
+    assert dataclasses.replace(given, resources=Resources()) == again
+    assert content["environment"]["torch"] == [torch.__version__]
+    assert content["environment"]["threads"] == [1]
 
 
 @pytest.mark.parametrize("size", [100, 4000], ids=["comparison.csv", "comparison.json"])

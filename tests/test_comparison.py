@@ -124,7 +124,7 @@ def test_constant_accuracies_have_no_correlation_but_a_reason(tmp_path):
     table = to_table(comparison)
     assert "not defined: mixture, 5 epochs, kendall_tau_b: constant ranking" in table
     about = {"space_name": "s", "data": "d", "truth": "t", "seeds": [0]}
-    write_tables(tmp_path, [only], [], [constant], about, ())
+    write_tables(tmp_path, [only], [], [constant], about, {}, ())
     text = (tmp_path / "comparison.json").read_text() + (tmp_path / "comparison.csv").read_text() + table
     assert "nan" not in text.lower()
     content = json.loads((tmp_path / "comparison.json").read_text())
@@ -165,13 +165,16 @@ def test_a_path_is_named_with_its_accuracy_where_the_truth_has_it(tmp_path):
     table = to_table(comparison)
     found = f"0-0-2-2-1-2-2 (71.50 % alone), 0-0-1-2-1-1-2, 0-0-0-1-1-2-2 ({TRUTH['3-2-2']:.2f} % alone)"
     assert f"mixture also found {found}, resolutions by layer." in table
-    write_tables(tmp_path, comparison.rows, [], runs, {"space_name": "s", "data": "d", "truth": "t", "seeds": [0]}, ())
+    about = {"space_name": "s", "data": "d", "truth": "t", "seeds": [0]}
+    write_tables(tmp_path, comparison.rows, [], runs, about, {}, ())
     (row,) = csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()[1:])
     assert row["paths"] == f"0-0-2-2-1-2-2:71.500 0-0-1-2-1-1-2 0-0-0-1-1-2-2:{TRUTH['3-2-2']:.3f}"
     content = json.loads((tmp_path / "comparison.json").read_text())
     assert [each["path_accuracy"] for each in content["runs"]] == [71.5, None, TRUTH["3-2-2"]]
     assert "without a row in the truth: 1-2-4" in table
-    assert "Figures over 5 of 15 architectures" in table
+    assert "Figures over 5 of 15 architectures, means over 3 seeds" in table
+    fewer = dataclasses.replace(comparison, rows=(*comparison.rows, summarise_runs(runs[:2])))
+    assert "means over 2 to 3 seeds" in to_table(fewer)
 
 
 def test_summaries_of_nothing():

@@ -146,6 +146,30 @@ def test_a_bad_row_is_named(tmp_path, row, message):
         load_truth(str(table), SearchSpace.named("resnet14-cifar10"))
 
 
+def test_networks_of_another_size_are_of_another_space(tmp_path):
+    """Wider ones, or those of larger images, are called the same; more classes or fewer channels are no other space."""
+    table = tmp_path / "truth.csv"
+
+    def write(space: SearchSpace, **images: int) -> None:
+        rows = "".join(f"{a.slug},90,{space.macs(a, **images)}\n" for a in space)
+        table.write_text(f"stage_depths,accuracy_mean,macs\n{rows}")
+
+    space = SearchSpace.named("resnet14-cifar10")
+    write(space, in_channels=1, num_classes=200)
+    assert len(load_truth(str(table), space)) == len(space)
+    for other in (SearchSpace.named("resnet14-cifar10", width=2), space.resized(64)):
+        write(other)
+        with pytest.raises(
+            InputError, match=r"truth .*csv: row 1: .* 12,4\d\d,\d+ in resnet14-cifar10 with images of 32"
+        ):
+            load_truth(str(table), space)
+    table.write_text("stage_depths,accuracy_mean,macs\n3-2-2,90,many\n")
+    with pytest.raises(InputError, match="row 1: macs must be a number; got 'many'"):
+        load_truth(str(table), space)
+    table.write_text("stage_depths,accuracy_mean,macs\n3-2-2,90,\n4-1-2,91,\n2-2-3,89,\n")
+    assert len(load_truth(str(table), space)) == 3
+
+
 def test_published_rows_are_the_space(tmp_path):
     space = SearchSpace.named("resnet20-cifar10")
     copy = tmp_path / "copy.csv"

@@ -26,7 +26,8 @@ SPACE = bmsn.SearchSpace.named("resnet14-cifar10")
 ENTRY_POINTS = {
     "bmsn", "bmsn.evaluator.score_architectures", "bmsn.exporting_files.load_network",
     "bmsn.exporting_network.network_from_supernet", "bmsn.latency.measure_latency", "bmsn.methods.base.Sampler",
-    "bmsn.methods.get",
+    "bmsn.methods.get", "bmsn.interference.run_interference", "bmsn.reporting.write_report",
+    "bmsn.reporting_interference.write_interference",
 }  # fmt: skip
 ENTRY_POINTS |= {f"{getattr(bmsn, name).__module__}.{name}" for name in bmsn.__all__ if name.startswith("run_")}
 

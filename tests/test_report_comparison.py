@@ -56,6 +56,20 @@ def test_tables(tmp_path: Path) -> None:
     assert "f00d" in page.text
 
 
+def test_to_reproduce(tmp_path: Path) -> None:
+    """The space in words, and one commit after another where the searches are of two."""
+    content = make_comparison() | {
+        "space": '{"num_layers": 9}', "space_name": "nine", "command": "python -m bmsn.compare --methods 'spos,macs'",
+        "environment": {"git_commit": ["a1b2", "c3d4"], "cuda_device": [None]},
+    }  # fmt: skip
+    page = HtmlPage.read(write_report([write_comparison(tmp_path / "c", content)], tmp_path / "page.html"))
+    assert page.headings[0] == "Methods in nine on synthetic"
+    assert "python -m bmsn.compare --methods 'spos,macs'" in page.text
+    assert page.table("Environment") == [
+        {"Environment": "git_commit", "value": "a1b2, c3d4"}, {"Environment": "cuda_device", "value": "None"},
+    ]  # fmt: skip
+
+
 def test_beside_runs_and_with_html_in_a_label(tmp_path: Path) -> None:
     evil = "<script>alert(1)</script>"
     comparison = write_comparison(tmp_path / "comparison", make_comparison(label=evil))
