@@ -70,8 +70,8 @@ class SearchConfig:
             architectures have, are hardly trained. first-pooling: positions of the first alone, in favour of late
             ones. None: by the preset, where the method (mixture, spos, spos-unshared) takes it.
         split_after: share of the steps, the first ones, in which one supernet trains alone; then the others begin as
-            its copies. 0: all of them train from the start, each with weights of its own. None: as the preset and the
-            data say, 0 for a method that has none.
+            its copies. 0: all of them train from the start, each with weights of its own. None: as the preset says, 0
+            for a method that has none.
         average_last: score the mean of the weights over this share of the steps, the last ones; 0: the last weights.
         warm_up: share of the steps in which architectures are drawn uniformly, at the start (mcts, boltzmann); the
             paper has searches with it and without.
@@ -227,16 +227,14 @@ class SearchConfig:
             epochs *= supernets
         if synthetic and self.preset == "default":
             special = {**special, **_SYNTHETIC}
-            if self.method in ("mixture", "few-shot"):
-                special["split_after"] = _SYNTHETIC_SPLIT
-        if "draw" not in methods.get(self.method).settings:
-            special = {**special, "draw": None}
+        taken = methods.get(self.method).settings
+        special = {**special, **{name: value for name, value in _WITHOUT.items() if name not in taken}}
         values = {**preset.fields, **special, "space": space, "data": data, "supernets": supernets, "epochs": epochs}
         if self.rank_by not in (None, "assigned"):
             values["score"] = "pairs"
         elif self.race:
             values["score"] = "best"
-        ranks_pairs = (self.score or values["score"]) == "pairs" and "rank_by" in methods.get(self.method).settings
+        ranks_pairs = (self.score or values["score"]) == "pairs" and "rank_by" in taken
         values["rank_by"] = "best" if ranks_pairs else "assigned"
         known = {field.name for field in fields(self)}
         given = {name: getattr(self, name) for name in known}
@@ -295,7 +293,8 @@ class FilledConfig(SearchConfig):
 # balance gives each half of the architectures, so the assigned one need not be the best (benchmarks/results).
 _SYNTHETIC_EPOCHS = 18
 _SYNTHETIC = {"batch_size": 64, "score": "pairs"}
-_SYNTHETIC_SPLIT = 0.5  # of mixture and few-shot (benchmarks/results)
+
+_WITHOUT = {"draw": None, "split_after": 0.0}  # of methods that do not take them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,7 +316,7 @@ _PRESETS = {
             schedule="inverse",
             balance_every=1,
             draw="poolings",
-            split_after=0.0,
+            split_after=0.5,
             score="best",
         ),
         procedure=Procedure(),

@@ -134,7 +134,7 @@ def test_bad_settings_are_named(changes, message):
 def test_averages_start_where_they_are_told_to():
     """a[c,m] of the pairs that no step has visited."""
     for start in (1.0, 0.25):
-        loop = SearchLoop(config(start_accuracy=start), tiny_images())
+        loop = SearchLoop(config(start_accuracy=start, split_after=0.0), tiny_images())
         loop.advance()
         mixture = loop.method.sampler.mixture
         assert (mixture.scores[mixture.visits == 0] == start).all()

@@ -352,8 +352,9 @@ def with_graphs(monkeypatch: pytest.MonkeyPatch) -> RecordedGraphs:
 @pytest.mark.parametrize(
     ("settings", "captured"),
     [
-        pytest.param({}, [15], id="mixture"),
+        pytest.param({"split_after": 0.0}, [15], id="mixture"),
         # With a validation batch and without.
+        pytest.param({}, range(16, 31), id="mixture, split"),
         pytest.param({"method": "spos", "supernets": 1, "epochs": 8}, range(16, 31), id="spos"),
     ],
 )

@@ -261,7 +261,8 @@ def test_cost_is_counted(spec):
     """
     macs = [SPACE.macs(a, num_classes=4) for a in SPACE]
     result = search(
-        spec, draw="architectures", supernets=2, epochs=15, refresh_every=7, score_every=5, score="best"
+        spec, draw="architectures", supernets=2, split_after=0.0, epochs=15, refresh_every=7, score_every=5,
+        score="best",
     )  # fmt: skip
     assert result.cost == {
         "training_images": 60 * 16,

@@ -22,7 +22,7 @@ from searching import tiny_images
     ("preset", "space", "expected", "procedure"),
     [
         ("default", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=1e-3, weight_decay=1e-3, schedule="inverse",
-         balance_every=1, epochs=400, score="best", momentum=0.9, split_after=0),
+         balance_every=1, epochs=400, score="best", momentum=0.9, split_after=0.5),
          dict(ema_decay=0.9, tol=1e-12, milestones=(), anneal="step")),
         ("paper", "resnet20-cifar10", dict(batch_size=256, lr=0.1, min_lr=0.0, weight_decay=1e-3,
          schedule="temperature", balance_every=1, epochs=400, score="best"),
@@ -106,7 +106,8 @@ def test_every_position_of_a_pooling_is_drawn_equally_often(space):
 @pytest.mark.parametrize("max_macs", [None, "0.9x"])
 def test_a_search_balances_by_what_it_draws(max_macs):
     config = SearchConfig(
-        space="resnet14-cifar10", data="npz:given", supernets=2, epochs=15, batch_size=16, max_macs=max_macs
+        space="resnet14-cifar10", data="npz:given", supernets=2, epochs=15, batch_size=16, max_macs=max_macs,
+        split_after=0.0,
     )  # fmt: skip
     loop = SearchLoop(config, tiny_images())
     sampler, searched = loop.method.sampler, list(loop.method.problem.space)

@@ -43,7 +43,7 @@ def test_its_weights_are_the_same(method, by_engine, monkeypatch):
 
 @pytest.mark.parametrize("by_engine", [True, False])
 def test_until_the_split_there_is_one_supernet(by_engine):
-    loop = searched(by_engine, supernets=2, split_after=0.5)
+    loop = searched(by_engine, supernets=2)
     mixture, drawn = loop.method.sampler.mixture, loop.method.sampler.drawn
     assert loop.method.cost.validation_images == 8 * (2 + 8)
     assert np.array_equal(mixture.visits.sum(1), np.bincount(drawn[[3, 7, *range(8, 16)]], minlength=15))
@@ -52,7 +52,7 @@ def test_until_the_split_there_is_one_supernet(by_engine):
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(supernets=2),
+        dict(supernets=2, split_after=0.0),
         dict(supernets=2, split_after=0.5, evaluate_top=3),
         dict(supernets=1, evaluate_top=3),
         dict(supernets=1, preset="paper"),

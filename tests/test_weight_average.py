@@ -92,9 +92,9 @@ def test_before_the_share_begins_the_present_weights_are_scored():
 def test_steps_enqueued_ahead_give_the_same_mean(monkeypatch):
     """As on a GPU: the engine runs up to the next weights that are due, and not beyond."""
     monkeypatch.setattr(weight_average, "NUM_AVERAGED", 2)
-    one_by_one, _ = advanced(config())
+    one_by_one, _ = advanced(config(split_after=0.0))
     monkeypatch.setattr("bmsn.methods.mixture.runs_ahead", lambda device: True)
-    loop = SearchLoop(config(), tiny_images())
+    loop = SearchLoop(config(split_after=0.0), tiny_images())
     loop._every = 8
     loop._snapshots = {8}
     stops = []

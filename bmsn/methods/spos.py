@@ -16,6 +16,7 @@ class Spos(Mixture):
     """`--method spos`."""
 
     name: ClassVar[str] = "spos"
+    settings: ClassVar[frozenset[str]] = Mixture.settings - {"split_after"}
 
     @classmethod
     def num_supernets(cls, space: SearchSpace) -> int:
