@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import statistics
 import time
 from collections import Counter, defaultdict
@@ -27,6 +26,7 @@ ATTEMPTS = 3
 # A task without `timeout` hangs after this many times what it should take: the dearest architecture of a space costs
 # about 7 times the cheapest. Before it is trained, images are opened, which on a slow shared disk takes minutes.
 HANG_FACTOR, HANG_SECONDS = 15, 600
+SILENT_SECONDS = 6 * 3600  # where nothing says yet what it should take: longer than images take to open
 START_SECONDS = 600  # for a process to start: it imports torch, perhaps from such a disk
 _POLL_SECONDS = 1  # between looks at the clock, and at what other machines have finished
 
@@ -41,8 +41,8 @@ class Resources:
         timeout: seconds that one network or search may take before it counts as hanging; None: 15 times the median of
             those finished so far, also before a restart or by others in the folder (of searches: those that differ in
             the seed alone), or 15 times what it takes at its own speed where that is more; at least ten minutes. Until
-            one is finished its own speed alone tells: there is then no limit on what comes before its second report of
-            progress and after its training. In any case a process has ten minutes to start.
+            one is finished its own speed alone tells: it has then six hours until its second report of progress, and
+            six at least where its training is done. In any case a process has ten minutes to start.
         executor: processes on this machine, or jobs of a Slurm cluster.
         slurm: what submitit is told about the jobs, as timeout_min=600,gpus_per_node=1,slurm_partition=long.
     """
@@ -221,9 +221,9 @@ class _Scheduler(Generic[W, R]):
         if not worker.is_ready:
             return START_SECONDS
         seconds = self.tally.seconds[task.kind]
-        if not seconds and worker.share == 1:  # a search scores now: the pace of its training does not say how long
-            return time_limit(self.timeout, [])
-        return time_limit(self.timeout, seconds, worker.pace)
+        # A search whose training is done scores: the pace of its training does not say how long.
+        at_least = SILENT_SECONDS if not seconds and worker.share == 1 else HANG_SECONDS
+        return time_limit(self.timeout, seconds, worker.pace, at_least)
 
     def _claim_next(self) -> W | None:
         """The first task that nobody has; those found finished by others are entered on the way."""
@@ -292,17 +292,19 @@ class _Scheduler(Generic[W, R]):
             self.queue.append(task)
 
 
-def time_limit(timeout: float | None, seconds: Sequence[float], pace: float | None = None) -> float:
-    """Seconds after which a task counts as hanging; infinite where nothing tells.
+def time_limit(timeout: float | None, seconds: Sequence[float], pace: float | None, at_least: float) -> float:
+    """Seconds after which a task counts as hanging.
 
     Args:
         timeout: what was asked for; None: what the rest says.
         seconds: that finished ones of its kind took.
-        pace: seconds that it takes as a whole at its own speed: it may run on a slower machine than those.
+        pace: seconds that it takes as a whole at its own speed, as it may run on a slower machine than those; None: not
+            known yet.
+        at_least: what `seconds` and `pace` do not undercut.
     """
     if timeout is not None:
         return timeout
     expected = [statistics.median(seconds)] if seconds else []
     if pace is not None:
         expected.append(pace)
-    return max(HANG_SECONDS, HANG_FACTOR * max(expected)) if expected else math.inf
+    return max(at_least, HANG_FACTOR * max(expected)) if expected else SILENT_SECONDS

@@ -155,6 +155,22 @@ def test_the_first_task_of_all_hangs_in_its_training(processes, tmp_path):
     assert not outcome.failed
 
 
+def test_the_first_task_of_all_hangs_before_it_says_anything(processes, monkeypatch, tmp_path, caplog):
+    """Nothing tells then how long it takes: in the first process it opens its images for ever."""
+    monkeypatch.setattr(bmsn.scheduler, "SILENT_SECONDS", 0.3)
+
+    def life(connection: Connection, number: int) -> None:
+        connection.send(("ready", None))
+        connection.recv()
+        if number == 1:
+            connection.recv()
+        connection.send(("done", RESULT))
+
+    processes(life)
+    assert run(tmp_path, TASKS[:1]).results == {TASKS[0].name: RESULT}
+    assert "hung: no result after 0 s" in caplog.text
+
+
 @pytest.mark.parametrize("known", [True, False], ids=["slower than others", "its end unknown"])
 def test_a_task_that_is_slow_does_not_hang(known, processes, tmp_path, caplog):
     """Known: others took 0.01 s, this one 0.8 s, as it says. Not known: it is trained at once and tested for long."""

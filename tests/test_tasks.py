@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 import subprocess
 import sys
@@ -120,12 +119,13 @@ def test_images_of_another_content_are_refused(tmp_path):
 
 
 def test_a_task_hangs_after_15_times_what_it_should_take_and_ten_minutes():
-    assert time_limit(7.5, [1000.0], pace=1000.0) == 7.5
-    assert time_limit(None, []) == math.inf
-    assert time_limit(None, [0.5, 1.0, 9.0], pace=30.0) == 600
-    assert time_limit(None, [100.0, 10000.0, 200.0]) == 3000
-    assert time_limit(None, [100.0], pace=200.0) == time_limit(None, [], pace=200.0) == 3000
-    assert time_limit(None, [200.0], pace=100.0) == 3000
+    assert time_limit(7.5, [1000.0], 1000.0, 600) == 7.5
+    assert time_limit(None, [], None, 600) == 6 * 3600
+    assert time_limit(None, [], 200.0, 5000) == 5000
+    assert time_limit(None, [0.5, 1.0, 9.0], 30.0, 600) == 600
+    assert time_limit(None, [100.0, 10000.0, 200.0], None, 600) == 3000
+    assert time_limit(None, [100.0], 200.0, 600) == time_limit(None, [], 200.0, 600) == 3000
+    assert time_limit(None, [200.0], 100.0, 600) == 3000
 
 
 def test_time_left_is_in_proportion_to_macs(tmp_path, monkeypatch):
