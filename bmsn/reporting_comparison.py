@@ -11,7 +11,6 @@ from typing import Any
 
 import yaml
 
-from bmsn.comparison_figures import path_in_words
 from bmsn.errors import InputError
 from bmsn.figures_comparison import comparison_figure
 from bmsn.reporting_page import Block, Cell, Code, Heading, Plot, Row, Table, Text, cell
@@ -134,9 +133,11 @@ def _picks(content: Mapping[str, Any]) -> Table:
     for row in content["methods_over_seeds"]:
         picks = ", ".join(f"{pick} ({count})" for pick, count in row["picks"].items())
         paths = row.get("accuracy_of_paths") or dict.fromkeys(row["paths"])  # older ones have no accuracies
-        picked = cell("\n".join([picks, *(f"path {path_in_words(*found)}" for found in paths.items())]))
+        found = [f"path {path}" + ("" if alone is None else f" {alone:.2f} %") for path, alone in paths.items()]
+        picked = cell("\n".join([picks, *found]))
         rows.append(Row([*_head(row), picked, *_figures(row["figures"], _PICKED)]))
     caption = (
+        "path: what was found, resolutions by layer, with its accuracy trained alone where the truth has it; "
         "accuracy: of the pick, trained alone; regret: of the pick and of the best among the first 3 and 5, in points; "
         "gain at 1x: over the default at no more MACs than it has."
     )
