@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from bmsn import methods
 from bmsn.methods.base import Ranking
 from bmsn.methods.mcts import MctsSampler
+from bmsn.methods.mixture import likeliest
 from bmsn.paths import architecture_path
 from bmsn.rank_rules import IN_WORDS, RankRule
 from bmsn.space import Architecture, SearchSpace
@@ -97,7 +98,7 @@ def _cells(found: Ranking, c: int, estimate_cell: str) -> dict[str, Any]:
 
 def _of_mixture(space: SearchSpace, record: Mapping[str, Any]) -> Ranking:
     """By a[c, m*], m* the likeliest supernet."""
-    scores, best = np.array(record["scores"]), np.array(record["assignment"]).argmax(1)
+    scores, best = np.array(record["scores"]), likeliest(np.array(record["assignment"]), np.array(record["visits"]))
     return _by_estimate(scores[np.arange(len(best)), best], best)
 
 

@@ -40,6 +40,30 @@ def test_copies_of_one(method):
     assert len(trained) > 1
 
 
+@pytest.mark.parametrize("method", ["mixture", "few-shot"])
+def test_until_the_split_the_supernet_that_trains_stands_for_all(method):
+    """Rankings on the way, fresh tables and averaged weights know none that has not trained."""
+    changes = {"method": method} | ({"supernets": None} if method == "few-shot" else {})
+    loop = SearchLoop(config(**changes, refresh_every=6, average_last=0.9), tiny_images())
+    untouched = SearchLoop(config(**changes), tiny_images())
+    advance(loop, 7)
+    advance(untouched, 7)
+    rows = loop.method.nets.arena
+    assert torch.equal(rows[0], untouched.method.nets.arena[0])
+    averaged = loop.method.average.nets.arena
+    assert loop.method.average.count > 1
+    assert torch.equal(averaged, averaged[:1].expand_as(averaged))
+    first, second = (untouched.method.score([(a, m) for a in untouched.space], watching=True) for m in (0, 1))
+    assert first.correct.tolist() == second.correct.tolist()
+    if method == "mixture":
+        assert (untouched.method.rank().supernet == 0).all()
+    advance(untouched, 16)
+    last = untouched.method.nets.arena.detach().clone()
+    untouched.method.score(untouched.method.pairs(), watching=True)
+    assert torch.equal(untouched.method.nets.arena, last)
+    assert not torch.equal(last[0], last[1])
+
+
 def test_only_the_first_is_drawn_and_the_schedule_begins_at_the_split():
     loop = SearchLoop(config(), tiny_images())
     sampler, mixture = loop.method.sampler, loop.method.sampler.mixture

@@ -103,7 +103,7 @@ class MixtureSampler(Sampler):
     def rank(self) -> Ranking:
         """By a[c, m*], m* = argmax_m p(m|c) at the last temperature."""
         assignment = self.mixture.assignment(self.temperature(self._num_steps))
-        best = assignment.argmax(1)
+        best = likeliest(assignment, self.mixture.visits)
         estimate = self.mixture.scores[np.arange(len(best)), best]
         return Ranking(np.argsort(-estimate, kind="stable"), estimate, best, assignment)
 
@@ -133,6 +133,11 @@ class MixtureSampler(Sampler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.supernet = state["supernet"]
         self.mixture.load_state_dict(state["mixture"])
+
+
+def likeliest(assignment: NDArray[np.float64], visits: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The supernet of each architecture: argmax_m p(m|c), or the first as long as it is the only one that trains."""
+    return assignment.argmax(1) if visits[:, 1:].any() else np.zeros(len(assignment), np.int64)
 
 
 class Mixture(SupernetMethod):

@@ -64,6 +64,7 @@ class SupernetMethod(Method):
         if config.average_last:
             self.average = WeightAverage(self.nets, problem.num_steps, config.average_last)
         self.sampler = self.make_sampler(problem)
+        self._done = 0  # steps, where there was one since the search was taken up
 
     @classmethod
     @abstractmethod
@@ -96,6 +97,7 @@ class SupernetMethod(Method):
 
     def _refresh(self, step: int) -> None:
         """All that the sampler knows from one validation batch, scored in one pass."""
+        self._stand_in(step + 1)
         images, labels = self.problem.validation_batch(step)
         scores = score_architectures(self.nets, images, labels, self.pairs(), batch_size=len(images))
         self._count(scores)
@@ -103,10 +105,18 @@ class SupernetMethod(Method):
 
     def _after(self, step: int) -> None:
         """What is due after `step` steps: the split of the supernet, and taking the weights into their mean."""
+        self._done = step
         if step == self.problem.num_alone:
             self._split()
         if self.average is not None:
+            self._stand_in(step)
             self.average.update(step, self.nets)
+
+    def _stand_in(self, step: int) -> None:
+        """Until the split, whoever looks at a supernet sees the one that trains: the others are as they were made."""
+        if 0 < step <= self.problem.num_alone:
+            rows = self.nets.arena.detach()
+            rows[1:] = rows[0]
 
     def _split(self) -> None:
         """The supernet that has trained alone becomes all of them."""
@@ -122,6 +132,8 @@ class SupernetMethod(Method):
 
     def score(self, pairs: Sequence[Pair], *, watching: bool = False) -> Scores | Race:
         problem, config = self.problem, self.problem.config
+        if watching:
+            self._stand_in(self._done)
         images, labels = problem.validation_half()
         scorer: Callable[..., Scores] = score_architectures if config.fast_eval else score_one_by_one
         scorer = partial(scorer, after_batch=self.after_batch)
