@@ -34,7 +34,7 @@ from bmsn.rank_rules import RANK_RULES
 from bmsn.scheduler import Resources
 
 # For the built-in set, of 7 classes and 78 steps an epoch: one change at a time, then those that go together. The
-# supernets of `mixture` and `few-shot` begin there as copies of one.
+# supernets of `mixture` and `few-shot` begin as copies of one.
 METHODS = ",".join((
     "mixture", "spos", "few-shot", "mixture:split_after=0,label=own weights",
     "mixture:supernets=4,label=4 supernets", "mixture:supernets=4,split_after=0,label=4 supernets own weights",

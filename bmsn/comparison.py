@@ -303,12 +303,14 @@ def run_comparison(
 
 
 def _command(config: ComparisonConfig) -> str:
-    """What makes the same tables: without workers and the like, which change none of them, and the folder."""
-    defaults = {field.name: field.default for field in fields(ComparisonConfig)}
-    settings = {
-        name: value for name, value in vars(config).items() if name in defaults and name not in ("resources", "out")
-    }
-    return command_line("bmsn.compare", settings, defaults)
+    """What makes the same searches, but for the folder and for the workers: they may differ before and after a kill.
+
+    What the workers decide, the threads of a search, stands with its environment.
+    """
+    defaults = {field.name: field.default for field in fields(ComparisonConfig)} | {"device": Resources().device}
+    settings = {field.name: getattr(config, field.name) for field in fields(config)}
+    del settings["resources"], settings["out"]
+    return command_line("bmsn.compare", settings | {"device": config.resources.device}, defaults)
 
 
 def _environment(results: Sequence[SearchResult]) -> dict[str, list[Any]]:

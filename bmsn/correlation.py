@@ -21,7 +21,7 @@ from bmsn.paths import Candidate, as_path, find_candidate, path_macs
 from bmsn.space import Architecture, SearchSpace
 
 _BY_MACS = "MACs decide the ranking or the truth"
-_OTHER_SPACE = 1.5  # times the MACs; the images' channels and classes make less of a difference
+_OTHER_SPACE = 1.5  # times the MACs; in the named spaces the images' channels and classes make less of a difference
 PUBLISHED = {"resnet20-cifar10": "cifar10_resnet20.csv"}
 
 
@@ -30,7 +30,8 @@ def load_truth(source: str, space: SearchSpace) -> dict[int, float]:
 
     Args:
         source: "paper" (published for resnet20-cifar10: Javan et al. 2023, table 6), or a CSV file with the columns
-            `stage_depths` (as 4-3-3) and `accuracy_mean`; `macs`, where it is there, tells networks of another size.
+            `stage_depths` (as 4-3-3) and `accuracy_mean`; `macs`
+            (multiply-accumulates of an image), where it is there, tells networks of another size: from 1.5 times on.
         space: whose architectures they are; those that have no row are left out. Rows of paths outside the space, as
             0-0-1-2-1, are for `load_truth_of_paths`.
     Raises:

@@ -122,7 +122,14 @@ def comparison_blocks(comparison: ReportedComparison, name: str) -> list[Block]:
     blocks += [Text(f"Not defined: {reason}") for reason in sorted(undefined)]
     about = {key: content[key] for key in _TO_REPRODUCE if key in content}
     text = yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=math.inf)  # a space of one's own is long
-    command: list[Block] = [Text("With an --out of its own:"), Code(content["command"])] if "command" in content else []
+    command: list[Block] = (
+        [
+            Text("With an --out of its own, and --workers that leave each search the threads below:"),
+            Code(content["command"]),
+        ]
+        if "command" in content
+        else []
+    )
     shown = {name: ", ".join(map(str, values)) for name, values in content.get("environment", {}).items()}
     machine: list[Block] = [value_table("Environment", shown)] if shown else []
     return [*blocks, Heading("To reproduce"), *command, *machine, Code(text.rstrip())]

@@ -50,6 +50,8 @@ def test_the_built_in_set_has_settings_of_its_own():
     assert config.split_after == 0.5
     assert SearchConfig(method="few-shot").filled().split_after == 0.5
     assert SearchConfig(method="spos").filled().split_after == 0
+    other = dict(data="cifar10:somewhere", space="resnet20-cifar10")
+    assert [SearchConfig(method=m, **other).filled().split_after for m in ("few-shot", "spos")] == [0.5, 0]
     assert SearchConfig(split_after=0.0).filled().split_after == 0
     paper = SearchConfig(preset="paper").filled()
     assert (paper.batch_size, paper.score, paper.split_after) == (256, "best", 0)
