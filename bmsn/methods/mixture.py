@@ -136,7 +136,7 @@ class MixtureSampler(Sampler):
 
 
 def likeliest(assignment: NDArray[np.float64], visits: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The supernet of each architecture, (C,) int64 of two (C, M): argmax_m p(m|c), or the first while it alone trains."""
+    """The supernet of each architecture, (C,) int64, of (C, M): argmax_m p(m|c), or the first while it alone trains."""
     return assignment.argmax(1) if visits[:, 1:].any() else np.zeros(len(assignment), np.int64)
 
 
