@@ -14,11 +14,12 @@ import pytest
 
 from installation import REPOSITORY
 
-# Stands for Python: says yes to all that the script asks of it, and writes down what it would have pytest do.
+# Stands for Python: says yes to all that the script asks of it, and writes down what it would have pytest do, each call
+# in a file of its own: the script runs several at once.
 RECORDER = """#!/bin/sh
 if [ "$1 $2" = "-m pytest" ]; then
     shift 2
-    "{python}" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >>"{calls}"
+    "{python}" -c 'import json, sys; print(json.dumps(sys.argv[1:]))' "$@" >"$(mktemp "{calls}/XXXXXXXX")"
     for word in "$@"; do case $word in --benchmark-json=*) echo x >"${{word#*=}}" ;; esac; done
     exit {code}
 fi
@@ -29,6 +30,7 @@ ALL = [["tests"], ["benchmarks", "--full", "--benchmark-only"]]
 def run_script(folder: Path, code: int = 0) -> tuple[subprocess.CompletedProcess[str], list[list[str]]]:
     """The script with a Python that only writes down, every pytest ending with `code`; the arguments of each."""
     recorder, calls = folder / "python", folder / "calls"
+    calls.mkdir()
     recorder.write_text(RECORDER.format(python=sys.executable, calls=calls, code=code))
     recorder.chmod(0o755)
     done = subprocess.run(
@@ -37,7 +39,7 @@ def run_script(folder: Path, code: int = 0) -> tuple[subprocess.CompletedProcess
         text=True,
         env=os.environ | {"PYTHON": str(recorder)},
     )
-    return done, [json.loads(line) for line in calls.read_text().splitlines()]
+    return done, [json.loads(call.read_text()) for call in calls.iterdir()]
 
 
 def start_collecting(gpu: bool, commands: list[list[str]]) -> subprocess.Popen[str]:
